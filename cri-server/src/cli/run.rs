@@ -1,0 +1,522 @@
+//! `bulkhead run`: one container in one pod, in the foreground.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bulkhead_cri_api::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
+    LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig, PodSandboxFilter,
+    PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::client::{Client, NoServer};
+use super::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND};
+use super::log::Log;
+use super::private::Private;
+use super::pull;
+
+/// Marks a command's pod, so that it is found again when its id was never told.
+const LABEL: &str = "bulkhead.run/command";
+const LOG: &str = "container.log";
+/// How long a container has to end by itself after the first Ctrl-C, in seconds.
+const GRACE_SECONDS: i64 = 10;
+/// How often the end of the container is looked for; its output does not wait for that.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long the server may be away: it can be restarted while pods run on.
+const AWAY_LIMIT: Duration = Duration::from_secs(30);
+
+/// What is to run.
+#[derive(Debug, clap::Args)]
+pub struct Run {
+    /// The image, such as docker.io/library/busybox or registry.example/app:1.2
+    image: String,
+    /// What to run instead of the image's own command, with arguments; give it behind `--`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+    /// Name of the pod, and its hostname [default: a random one]
+    #[arg(long, value_parser = name)]
+    name: Option<String>,
+    /// Sets an environment variable; without a value, passes on this process's
+    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// The most memory the container may use, such as 256M or 2G
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    memory: Option<i64>,
+    /// Socket of a running server [default: the configured one, or else a server of its own]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Configuration of the server
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+}
+
+impl Run {
+    /// Runs it to its end and returns the exit status; `default_socket` is where a server would be.
+    pub async fn run(&self, default_socket: &Path) -> Result<u8, Failure> {
+        let mut signals = Signals::open().map_err(Failure::own)?;
+        let (client, private) = self.reach(default_socket).await?;
+        let logs = match &private {
+            Some(private) => private.logs(),
+            None => shared_logs().map_err(Failure::own)?,
+        };
+        let session = Session::new(self, client, logs.clone());
+        let result = match session {
+            Ok(session) => {
+                let result = session.run(&mut signals).await;
+                session.remove().await;
+                result
+            }
+            Err(failure) => Err(failure),
+        };
+        match private {
+            Some(private) => private.end().await,
+            // Ours alone; what is in it was shown.
+            None => drop(std::fs::remove_dir_all(&logs)),
+        }
+        result
+    }
+
+    async fn reach(&self, default_socket: &Path) -> Result<(Client, Option<Private>), Failure> {
+        if let Some(socket) = &self.socket {
+            return Ok((Client::require(socket).await?, None));
+        }
+        match Client::connect(default_socket).await {
+            Ok(client) => return Ok((client, None)),
+            Err(NoServer::Failed(failure)) => return Err(failure),
+            Err(NoServer::Absent) => {}
+        }
+        if !rustix::process::geteuid().is_root() {
+            return Err(Failure::own(format!(
+                "no server answers at {}, and only root can bring one up: run this with sudo, \
+                 or start `bulkhead serve`",
+                default_socket.display()
+            )));
+        }
+        let (private, client) = Private::start(self.config.as_deref()).await?;
+        Ok((client, Some(private)))
+    }
+
+    fn resources(&self) -> LinuxContainerResources {
+        LinuxContainerResources {
+            memory_limit_in_bytes: self.memory.unwrap_or(0),
+            ..LinuxContainerResources::default()
+        }
+    }
+}
+
+/// One pod on one server.
+struct Session<'a> {
+    wanted: &'a Run,
+    client: Client,
+    logs: PathBuf,
+    /// Unlike that of any other command.
+    identity: String,
+    pod: PodSandboxConfig,
+}
+
+impl<'a> Session<'a> {
+    fn new(wanted: &'a Run, client: Client, logs: PathBuf) -> Result<Self, Failure> {
+        let identity = random_name().map_err(Failure::own)?;
+        let name = wanted
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("run-{identity}"));
+        let directory = logs
+            .to_str()
+            .ok_or_else(|| Failure::own(format!("{} is not UTF-8; set TMPDIR", logs.display())))?;
+        let pod = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.clone(),
+                uid: identity.clone(),
+                namespace: "bulkhead-run".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name,
+            log_directory: directory.to_owned(),
+            labels: [(LABEL.to_owned(), identity.clone())].into(),
+            linux: Some(LinuxPodSandboxConfig {
+                resources: Some(wanted.resources()),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        };
+        Ok(Self {
+            wanted,
+            client,
+            logs,
+            identity,
+            pod,
+        })
+    }
+
+    async fn run(&self, signals: &mut Signals) -> Result<u8, Failure> {
+        let image = tokio::select! {
+            image = self.prepare() => image?,
+            number = signals.next() => return Ok(128 + number),
+        };
+        // To be told of the log's making, one must look before it is made.
+        let mut log = Log::open(&self.logs.join(LOG)).map_err(|error| {
+            Failure::own(format!("cannot watch {}: {error}", self.logs.display()))
+        })?;
+        let container = {
+            let mut start = std::pin::pin!(self.start(image));
+            tokio::select! {
+                container = &mut start => container?,
+                number = signals.next() => {
+                    // Half a pod is best removed when it is whole; a second signal will not wait.
+                    tokio::select! {
+                        _ = start => {}
+                        _ = signals.next() => {}
+                    }
+                    return Ok(128 + number);
+                }
+            }
+        };
+        self.follow(&container, &mut log, signals).await
+    }
+
+    async fn prepare(&self) -> Result<String, Failure> {
+        self.client.require_readiness().await?;
+        pull::ensure(&self.client, &self.wanted.image, &self.pod).await
+    }
+
+    /// Brings the container up and returns its id.
+    async fn start(&self, image: String) -> Result<String, Failure> {
+        let mut runtime = self.client.runtime.clone();
+        let request = RunPodSandboxRequest {
+            config: Some(self.pod.clone()),
+            ..Default::default()
+        };
+        let pod = runtime
+            .run_pod_sandbox(request)
+            .await
+            .map_err(|status| Failure::call("start the pod", &status))?
+            .into_inner()
+            .pod_sandbox_id;
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod,
+            config: Some(self.container(image)),
+            sandbox_config: Some(self.pod.clone()),
+        };
+        let container = runtime
+            .create_container(request)
+            .await
+            .map_err(|status| Failure::call("make the container", &status))?
+            .into_inner()
+            .container_id;
+        let request = StartContainerRequest {
+            container_id: container.clone(),
+        };
+        if let Err(status) = runtime.start_container(request).await {
+            let failure = Failure::call("start the container", &status);
+            let end = self.status(&container).await.ok();
+            return Err(Failure {
+                status: start_status(end.as_ref(), &status),
+                ..failure
+            });
+        }
+        Ok(container)
+    }
+
+    fn container(&self, image: String) -> ContainerConfig {
+        let envs = self.wanted.env.iter();
+        ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: "main".to_owned(),
+                attempt: 0,
+            }),
+            image: Some(ImageSpec {
+                image,
+                user_specified_image: self.wanted.image.clone(),
+                ..ImageSpec::default()
+            }),
+            args: self.wanted.command.clone(),
+            envs: envs
+                .map(|(key, value)| KeyValue {
+                    key: key.clone(),
+                    value: value.clone(),
+                })
+                .collect(),
+            log_path: LOG.to_owned(),
+            linux: Some(LinuxContainerConfig {
+                resources: Some(self.wanted.resources()),
+                ..LinuxContainerConfig::default()
+            }),
+            ..ContainerConfig::default()
+        }
+    }
+
+    /// Copies the container's output until it ends, and passes signals on as requests to end.
+    async fn follow(
+        &self,
+        container: &str,
+        log: &mut Log,
+        signals: &mut Signals,
+    ) -> Result<u8, Failure> {
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut stop = None;
+        let mut asked = 0;
+        let mut seen = Instant::now();
+        loop {
+            tokio::select! {
+                changed = log.changed() => changed.map_err(Failure::own)?,
+                number = signals.next() => {
+                    tracing::debug!(number, "stopping the container");
+                    let grace = if asked == 0 { GRACE_SECONDS } else { 0 };
+                    asked += 1;
+                    stop = Some(Box::pin(self.stop(container, grace)));
+                }
+                stopped = wait_for(&mut stop) => {
+                    stop = None;
+                    stopped?;
+                }
+                _ = look.tick() => match self.status(container).await {
+                    Ok(status) if status.state() == ContainerState::ContainerExited => {
+                        return match self.copy(log) {
+                            Ok(()) => Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX)),
+                            Err(end) => end,
+                        };
+                    }
+                    Ok(_) => seen = Instant::now(),
+                    Err(failure) if seen.elapsed() > AWAY_LIMIT => return Err(failure),
+                    Err(_) => {}
+                },
+            }
+            if let Err(end) = self.copy(log) {
+                return end;
+            }
+        }
+    }
+
+    /// Copies what is new; what to end with, when it cannot.
+    fn copy(&self, log: &mut Log) -> Result<(), Result<u8, Failure>> {
+        let result = log.copy(&mut io::stdout().lock(), &mut io::stderr().lock());
+        result.map_err(|error| match error.kind() {
+            // The reader has gone, as in `bulkhead run … | head`: end as if by SIGPIPE.
+            ErrorKind::BrokenPipe => Ok(128 + 13),
+            _ => Err(Failure::own(format!(
+                "cannot copy the container's output: {error}"
+            ))),
+        })
+    }
+
+    async fn status(&self, container: &str) -> Result<ContainerStatus, Failure> {
+        let request = ContainerStatusRequest {
+            container_id: container.to_owned(),
+            verbose: false,
+        };
+        let answer = self.client.runtime.clone().container_status(request).await;
+        let answer = answer.map_err(|status| Failure::call("look after the container", &status))?;
+        Ok(answer.into_inner().status.unwrap_or_default())
+    }
+
+    async fn stop(&self, container: &str, timeout: i64) -> Result<(), Failure> {
+        let request = StopContainerRequest {
+            container_id: container.to_owned(),
+            timeout,
+        };
+        let answer = self.client.runtime.clone().stop_container(request).await;
+        answer
+            .map(|_| ())
+            .map_err(|status| Failure::call("stop the container", &status))
+    }
+
+    /// Removes what this command made; what it never made is no failure.
+    async fn remove(&self) {
+        let mut runtime = self.client.runtime.clone();
+        let filter = PodSandboxFilter {
+            label_selector: [(LABEL.to_owned(), self.identity.clone())].into(),
+            ..PodSandboxFilter::default()
+        };
+        let request = ListPodSandboxRequest {
+            filter: Some(filter),
+        };
+        let failure = match runtime.list_pod_sandbox(request).await {
+            Err(status) => Some(Failure::call("look for the pod to remove", &status)),
+            Ok(answer) => {
+                let mut failure = None;
+                for pod in answer.into_inner().items {
+                    let request = RemovePodSandboxRequest {
+                        pod_sandbox_id: pod.id.clone(),
+                    };
+                    if let Err(status) = runtime.remove_pod_sandbox(request).await {
+                        let what = format!("remove pod {}", pod.id);
+                        failure = Some(Failure::call(what, &status));
+                    }
+                }
+                failure
+            }
+        };
+        if let Some(failure) = failure {
+            eprintln!("bulkhead: {failure}");
+        }
+    }
+}
+
+/// The future's result; never, when there is none.
+async fn wait_for<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The signals that ask a command to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn open() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// The number of the next one.
+    async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 2,
+            _ = self.terminate.recv() => 15,
+        }
+    }
+}
+
+/// The exit status for a container that did not start: 126 or 127 if that was its command's
+/// fault, as shells have it.
+fn start_status(end: Option<&ContainerStatus>, status: &tonic::Status) -> u8 {
+    let code = end.and_then(|end| u8::try_from(end.exit_code).ok());
+    if let Some(code @ (NOT_EXECUTABLE | NOT_FOUND)) = code {
+        return code;
+    }
+    let message = status.message().to_lowercase();
+    if message.contains("no such file") || message.contains("not found") {
+        NOT_FOUND
+    } else if message.contains("permission denied") || message.contains("exec format") {
+        NOT_EXECUTABLE
+    } else {
+        super::failure::OWN
+    }
+}
+
+/// A directory for logs that a server on this host can write to and only we can read.
+fn shared_logs() -> io::Result<PathBuf> {
+    use std::os::unix::fs::DirBuilderExt;
+    let place = std::env::var_os("TMPDIR").filter(|place| !place.is_empty());
+    let place = place.map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let directory = place.join(format!("bulkhead-logs-{}", random_name()?));
+    std::fs::DirBuilder::new().mode(0o700).create(&directory)?;
+    Ok(directory)
+}
+
+/// Twelve hexadecimal digits nobody can guess.
+pub fn random_name() -> io::Result<String> {
+    let mut bytes = [0_u8; 6];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A pod's name is its hostname too: a DNS label.
+fn name(text: &str) -> Result<String, String> {
+    let plain = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit();
+    let good = (1..=63).contains(&text.len())
+        && text.chars().all(|letter| plain(letter) || letter == '-')
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if good {
+        return Ok(text.to_owned());
+    }
+    Err("a name has 1 to 63 of a-z, 0-9 and -, and no - at its ends".to_owned())
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, value.to_owned()),
+        None => match std::env::var(text) {
+            Ok(value) => (text, value),
+            Err(_) => return Err(format!("{text} is not set here; give it a value: {text}=…")),
+        },
+    };
+    if name.is_empty() {
+        return Err("the variable has no name".to_owned());
+    }
+    Ok((name.to_owned(), value))
+}
+
+fn bytes(text: &str) -> Result<i64, String> {
+    let wrong = || format!("`{text}` is not an amount of memory such as 256M or 2G");
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = text
+        .get(digits.len()..)
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: i64 = digits.parse().map_err(|_| wrong())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_of_memory_are_read_with_their_units() {
+        assert_eq!(bytes("4096"), Ok(4096));
+        assert_eq!(bytes("256M"), Ok(256 << 20));
+        assert_eq!(bytes("2GiB"), Ok(2 << 30));
+        for wrong in ["", "M", "-1M", "0", "1x", "9999999999T"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_are_dns_labels() {
+        assert!(name("web-1").is_ok());
+        for wrong in ["", "-a", "a-", "A", "a.b", &"a".repeat(64)] {
+            assert!(name(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn variables_come_with_a_value_or_from_the_environment() {
+        assert_eq!(variable("A=b=c"), Ok(("A".into(), "b=c".into())));
+        assert_eq!(variable("A="), Ok(("A".into(), String::new())));
+        assert!(variable("=b").is_err());
+        assert!(variable("PATH").is_ok());
+        assert!(variable("NO_SUCH_VARIABLE_HERE").is_err());
+    }
+
+    #[test]
+    fn a_start_that_fails_has_the_shells_exit_status() {
+        let says = |message: &str| tonic::Status::failed_precondition(message);
+        assert_eq!(
+            start_status(None, &says("/x: No such file or directory")),
+            127
+        );
+        assert_eq!(start_status(None, &says("/x: Permission denied")), 126);
+        assert_eq!(start_status(None, &says("the guest is gone")), 125);
+        let end = ContainerStatus {
+            exit_code: 127,
+            ..ContainerStatus::default()
+        };
+        assert_eq!(start_status(Some(&end), &says("")), 127);
+    }
+}

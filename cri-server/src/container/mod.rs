@@ -1,0 +1,11 @@
+//! One container of a pod: CRI configuration to OCI spec, output to log, exec.
+
+pub mod capability;
+pub mod exec;
+pub mod file;
+pub mod log;
+pub mod mount;
+pub mod output;
+pub mod resource;
+pub mod signal;
+pub mod spec;

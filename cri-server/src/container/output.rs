@@ -1,0 +1,131 @@
+//! A container's output streams on their way from the guest to the log.
+
+use std::time::{Duration, SystemTime};
+
+use bulkhead_agent_api::v1::Stdio;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::log::{Log, LogError, Splitter, Stream};
+
+/// Bytes taken from a stream at a time.
+const CHUNK: usize = 64 << 10;
+/// Between attempts to write a log that cannot be written, for want of space perhaps.
+const RETRY: Duration = Duration::from_secs(1);
+/// Attempts before lines are given up, so that a full disk does not hold a container for ever.
+const ATTEMPTS: usize = 10;
+
+/// The agent's name of a stream.
+pub fn stdio(stream: Stream) -> Stdio {
+    match stream {
+        Stream::Stdout => Stdio::Stdout,
+        Stream::Stderr => Stdio::Stderr,
+    }
+}
+
+/// Writes the stream into the log until it ends. The guest keeps what is not acknowledged, and a
+/// byte is acknowledged when the log has it.
+pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, log: Log) {
+    let mut splitter = Splitter::new(stream, offset);
+    let mut buffer = vec![0; CHUNK];
+    let mut ended = false;
+    while !ended {
+        let mut lines = Vec::new();
+        let count = match source.read(&mut buffer).await {
+            Ok(count) => count,
+            Err(error) => {
+                tracing::debug!(%error, "a container's output broke off");
+                0
+            }
+        };
+        match buffer.get(..count) {
+            Some(bytes) if !bytes.is_empty() => {
+                splitter.push(bytes, SystemTime::now(), &mut lines);
+            }
+            _ => {
+                splitter.end(SystemTime::now(), &mut lines);
+                ended = true;
+            }
+        }
+        if lines.is_empty() {
+            continue;
+        }
+        if append(&log, lines).await.is_err() {
+            return;
+        }
+        let acknowledged = splitter.emitted().to_le_bytes();
+        if source.write_all(&acknowledged).await.is_err() && !ended {
+            // The guest is gone; what it has sent is still read to its end.
+            tracing::debug!("an acknowledgement of output was not taken");
+        }
+    }
+}
+
+async fn append(log: &Log, lines: Vec<u8>) -> Result<(), LogError> {
+    for attempt in 1..=ATTEMPTS {
+        match log.append(lines.clone()).await {
+            Ok(()) => return Ok(()),
+            Err(LogError::Closed) => return Err(LogError::Closed),
+            Err(error) if attempt == ATTEMPTS => {
+                tracing::error!(%error, bytes = lines.len(), "output of a container is lost");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a container's output waits for its log");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Collects the stream, keeping its first `limit` bytes and dropping the rest.
+pub async fn collect(mut source: UnixStream, offset: u64, limit: usize) -> Vec<u8> {
+    let mut kept = Vec::new();
+    let mut total = offset;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let count = match source.read(&mut buffer).await {
+            Ok(0) | Err(_) => return kept,
+            Ok(count) => count,
+        };
+        let room = limit.saturating_sub(kept.len());
+        kept.extend_from_slice(buffer.get(..count.min(room)).unwrap_or_default());
+        total = total.saturating_add(count as u64);
+        if source.write_all(&total.to_le_bytes()).await.is_err() {
+            tracing::debug!("an acknowledgement of output was not taken");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_are_acknowledged_when_the_log_has_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("0.log");
+        let log = Log::open(Some(path.clone())).await.unwrap();
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        let writer = tokio::spawn(write_log(host, Stream::Stdout, 10, log));
+        guest.write_all(b"one\ntw").await.unwrap();
+        assert_eq!(guest.read_u64_le().await.unwrap(), 14);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.ends_with(" stdout F one\n"), "{text}");
+        guest.shutdown().await.unwrap();
+        assert_eq!(guest.read_u64_le().await.unwrap(), 16);
+        writer.await.unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.ends_with(" stdout P tw\n"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn what_is_over_the_limit_is_drained_and_dropped() {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        let collector = tokio::spawn(collect(host, 0, 3));
+        guest.write_all(b"abcdef").await.unwrap();
+        assert_eq!(guest.read_u64_le().await.unwrap(), 6);
+        guest.shutdown().await.unwrap();
+        assert_eq!(collector.await.unwrap(), b"abc");
+    }
+}

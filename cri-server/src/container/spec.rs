@@ -1,0 +1,419 @@
+//! From the CRI's container configuration and the image's defaults to an OCI runtime spec.
+//!
+//! Pure: nothing here reads a file or asks the guest. Users stay names; the guest resolves them in
+//! the image's own `/etc/passwd`.
+
+use std::collections::BTreeMap;
+
+use bulkhead_cri_api::v1 as cri;
+use oci_spec::runtime::{
+    Linux, LinuxNamespace, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Root,
+    Spec, User,
+};
+
+use super::mount::HostFile;
+use super::{capability, mount, resource};
+
+/// Where programs are looked for when nobody says (OCI image specification, and every runtime).
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Open files a process may have; what container engines grant.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// What an image says about the processes started from it (OCI image specification, `config`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageDefaults {
+    /// First part of the command line.
+    pub entrypoint: Vec<String>,
+    /// Rest of the command line.
+    pub cmd: Vec<String>,
+    /// `NAME=value` each.
+    pub env: Vec<String>,
+    /// Empty: `/`.
+    pub working_dir: String,
+    /// `user[:group]`, names or numbers; empty: root.
+    pub user: String,
+}
+
+/// A container, ready for the guest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The OCI runtime specification.
+    pub spec: Spec,
+    /// Files of the host to copy into the container.
+    pub files: Vec<HostFile>,
+}
+
+/// Why a container cannot be made as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// The request contradicts itself or the CRI.
+    #[error("{field} cannot be used: {reason}")]
+    Invalid {
+        /// The CRI field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A pod in a VM cannot do this, or this version cannot.
+    #[error("{field} is not supported: {reason}")]
+    Unsupported {
+        /// The CRI field.
+        field: &'static str,
+        /// What stands against it.
+        reason: String,
+    },
+}
+
+/// Refuses what no pod in a VM can have, naming the field.
+pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
+    let linux = pod.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    if let Some(namespaces) = &security.namespace_options {
+        check_namespaces(namespaces)?;
+    }
+    if let Some(port) = pod.port_mappings.iter().find(|port| port.host_port > 0) {
+        let reason = format!(
+            "ports of the host cannot be mapped yet ({})",
+            port.host_port
+        );
+        return Err(unsupported("port_mappings.host_port", reason));
+    }
+    for (name, value) in &linux.sysctls {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+        if name.is_empty() || !name.chars().all(plain) || name.contains("..") {
+            return Err(invalid(
+                "sysctls",
+                format!("{name:?} is no sysctl (value {value:?})"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_namespaces(options: &cri::NamespaceOption) -> Result<(), SpecError> {
+    let host = "a pod in a VM has no part in the host's namespaces";
+    if options.network() == cri::NamespaceMode::Node {
+        return Err(unsupported(
+            "namespace_options.network NODE (hostNetwork)",
+            host,
+        ));
+    }
+    if options.pid() == cri::NamespaceMode::Node {
+        return Err(unsupported("namespace_options.pid NODE (hostPID)", host));
+    }
+    if options.ipc() == cri::NamespaceMode::Node {
+        return Err(unsupported("namespace_options.ipc NODE (hostIPC)", host));
+    }
+    let user = options.userns_options.as_ref();
+    if user.is_some_and(|user| user.mode() == cri::NamespaceMode::Pod) {
+        return Err(unsupported(
+            "namespace_options.userns_options",
+            "the guest's root is not the host's; leave it at NODE",
+        ));
+    }
+    Ok(())
+}
+
+/// Makes the plan of a container of `pod`.
+pub fn plan(
+    container: &cri::ContainerConfig,
+    pod: &cri::PodSandboxConfig,
+    image: &ImageDefaults,
+) -> Result<Plan, SpecError> {
+    let linux = container.linux.clone().unwrap_or_default();
+    let security = linux.security_context.clone().unwrap_or_default();
+    check_container(container, &security)?;
+    let limits = linux.resources.unwrap_or_default();
+
+    let mut runtime = Linux::default();
+    runtime
+        .set_namespaces(Some(namespaces(&security)))
+        .set_resources(Some(resource::limits(&limits)?))
+        .set_masked_paths(Some(Vec::new()))
+        .set_readonly_paths(Some(Vec::new()));
+    if !security.privileged {
+        runtime
+            .set_masked_paths(Some(security.masked_paths.clone()))
+            .set_readonly_paths(Some(security.readonly_paths.clone()));
+    }
+
+    let mut process = process(container, pod, image, &security)?;
+    process.set_oom_score_adj(i32::try_from(limits.oom_score_adj).ok());
+
+    let mut root = Root::default();
+    root.set_path("rootfs".into())
+        .set_readonly(Some(security.readonly_rootfs));
+
+    let mut spec = Spec::default();
+    spec.set_version("1.2.0".to_owned())
+        .set_root(Some(root))
+        .set_process(Some(process))
+        // The pod's, which all its containers share.
+        .set_hostname(None)
+        .set_mounts(Some(mount::defaults(security.privileged)))
+        .set_annotations(None)
+        .set_linux(Some(runtime));
+    Ok(Plan {
+        spec,
+        files: mount::host_files(&container.mounts)?,
+    })
+}
+
+/// The process that `command` makes in a container whose own process is `container`
+/// (CRI `ExecSyncRequest`).
+pub fn exec_process(container: &Process, command: &[String]) -> Result<Process, SpecError> {
+    if command.is_empty() {
+        return Err(invalid("cmd", "it is empty"));
+    }
+    let mut process = container.clone();
+    process
+        .set_args(Some(command.to_vec()))
+        .set_terminal(Some(false));
+    Ok(process)
+}
+
+fn check_container(
+    container: &cri::ContainerConfig,
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<(), SpecError> {
+    if let Some(options) = &security.namespace_options {
+        check_namespaces(options)?;
+        if options.pid() == cri::NamespaceMode::Target {
+            return Err(unsupported(
+                "namespace_options.pid TARGET",
+                "a container cannot join another one's PID namespace yet",
+            ));
+        }
+    }
+    if let Some(device) = container.devices.first() {
+        let reason = format!(
+            "the host's {} does not exist in the guest",
+            device.host_path
+        );
+        return Err(unsupported("devices", reason));
+    }
+    if let Some(device) = container.cdi_devices.first() {
+        let reason = format!("the host's {} does not exist in the guest", device.name);
+        return Err(unsupported("cdi_devices", reason));
+    }
+    if container.tty {
+        return Err(unsupported("tty", "containers have no terminal yet"));
+    }
+    if security.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict {
+        return Err(unsupported(
+            "security_context.supplemental_groups_policy",
+            "the groups of the image's /etc/group are always merged in; leave it at Merge",
+        ));
+    }
+    let profile = security.seccomp.as_ref().filter(is_localhost);
+    if let Some(profile) = profile {
+        let reason = format!("the profile {} of the host", profile.localhost_ref);
+        return Err(unsupported("security_context.seccomp", reason));
+    }
+    let profile = security.apparmor.as_ref().filter(is_localhost);
+    if let Some(profile) = profile {
+        let reason = format!("the guest has no profile {}", profile.localhost_ref);
+        return Err(unsupported("security_context.apparmor", reason));
+    }
+    let labels = security.selinux_options.as_ref();
+    if labels.is_some_and(|labels| *labels != cri::SeLinuxOption::default()) {
+        return Err(unsupported(
+            "security_context.selinux_options",
+            "the host's labels mean nothing in the guest",
+        ));
+    }
+    Ok(())
+}
+
+fn is_localhost(profile: &&cri::SecurityProfile) -> bool {
+    profile.profile_type() == cri::security_profile::ProfileType::Localhost
+}
+
+/// The namespaces made for a container; network, UTS and IPC are the guest's, which are the pod's.
+/// PID is the pod's too where the pod asked for that: the guest was told when it was prepared.
+fn namespaces(security: &cri::LinuxContainerSecurityContext) -> Vec<LinuxNamespace> {
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let mut types = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
+    if options.pid() != cri::NamespaceMode::Pod {
+        types.push(LinuxNamespaceType::Pid);
+    }
+    types
+        .into_iter()
+        .map(|kind| {
+            let mut namespace = LinuxNamespace::default();
+            namespace.set_typ(kind);
+            namespace
+        })
+        .collect()
+}
+
+fn process(
+    container: &cri::ContainerConfig,
+    pod: &cri::PodSandboxConfig,
+    image: &ImageDefaults,
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<Process, SpecError> {
+    let asked = security.capabilities.clone().unwrap_or_default();
+    let open_files = PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitNofile)
+        .hard(OPEN_FILES)
+        .soft(OPEN_FILES)
+        .build()
+        .map_err(|error| invalid("rlimits", error.to_string()))?;
+    let mut process = Process::default();
+    process
+        .set_args(Some(arguments(container, image)?))
+        .set_env(Some(environment(container, pod, image)?))
+        .set_cwd(working_directory(container, image)?.into())
+        .set_user(user(security, image)?)
+        .set_capabilities(Some(capability::sets(&asked, security.privileged)?))
+        .set_rlimits(Some(vec![open_files]))
+        .set_no_new_privileges(Some(security.no_new_privs && !security.privileged));
+    Ok(process)
+}
+
+/// `command` replaces the image's entrypoint and drops its cmd, `args` replaces its cmd.
+fn arguments(
+    container: &cri::ContainerConfig,
+    image: &ImageDefaults,
+) -> Result<Vec<String>, SpecError> {
+    let mut line = container.command.clone();
+    let mut rest = container.args.clone();
+    if line.is_empty() {
+        line = image.entrypoint.clone();
+        if rest.is_empty() {
+            rest = image.cmd.clone();
+        }
+    }
+    line.extend(rest);
+    match line.first() {
+        None => Err(invalid(
+            "command",
+            "neither the container nor its image names a program",
+        )),
+        Some(program) if program.is_empty() => {
+            Err(invalid("command", "the program's name is empty"))
+        }
+        Some(_) if line.iter().any(|word| word.contains('\0')) => {
+            Err(invalid("command", "an argument contains a NUL"))
+        }
+        Some(_) => Ok(line),
+    }
+}
+
+/// The image's environment, overlaid with the container's, in stable order.
+fn environment(
+    container: &cri::ContainerConfig,
+    pod: &cri::PodSandboxConfig,
+    image: &ImageDefaults,
+) -> Result<Vec<String>, SpecError> {
+    let mut order = Vec::new();
+    let mut values = BTreeMap::new();
+    let mut set = |name: &str, value: &str| {
+        if values.insert(name.to_owned(), value.to_owned()).is_none() {
+            order.push(name.to_owned());
+        }
+    };
+    set("PATH", DEFAULT_PATH);
+    if !pod.hostname.is_empty() {
+        set("HOSTNAME", &pod.hostname);
+    }
+    for entry in &image.env {
+        let (name, value) = entry.split_once('=').unwrap_or((entry, ""));
+        set(name, value);
+    }
+    for entry in &container.envs {
+        if entry.key.is_empty() || entry.key.contains(['=', '\0']) || entry.value.contains('\0') {
+            return Err(invalid(
+                "envs",
+                format!("{:?} is no name of a variable", entry.key),
+            ));
+        }
+        set(&entry.key, &entry.value);
+    }
+    Ok(order
+        .into_iter()
+        .filter_map(|name| values.get(&name).map(|value| format!("{name}={value}")))
+        .collect())
+}
+
+fn working_directory(
+    container: &cri::ContainerConfig,
+    image: &ImageDefaults,
+) -> Result<String, SpecError> {
+    let asked = [&container.working_dir, &image.working_dir];
+    let directory = asked.into_iter().find(|directory| !directory.is_empty());
+    let directory = directory.map_or("/", String::as_str);
+    if !directory.starts_with('/') {
+        return Err(invalid(
+            "working_dir",
+            format!("{directory:?} is not absolute"),
+        ));
+    }
+    Ok(directory.to_owned())
+}
+
+/// The user as `username` in the form of the image's `User` (`user[:group]`), which the guest
+/// resolves; `uid` and `gid` already hold what was given as a number.
+fn user(
+    security: &cri::LinuxContainerSecurityContext,
+    image: &ImageDefaults,
+) -> Result<User, SpecError> {
+    let group = security.run_as_group.as_ref().map(|group| group.value);
+    let asked = match (&security.run_as_user, security.run_as_username.as_str()) {
+        (Some(user), _) => Some(identifier(user.value, "run_as_user")?.to_string()),
+        (None, "") => None,
+        (None, name) => Some(name.to_owned()),
+    };
+    if group.is_some() && asked.is_none() {
+        return Err(invalid(
+            "run_as_group",
+            "it needs run_as_user or run_as_username",
+        ));
+    }
+    let mut name = match asked {
+        Some(user) => user,
+        None if image.user.is_empty() => "0".to_owned(),
+        None => image.user.clone(),
+    };
+    if let Some(group) = group {
+        name = format!("{name}:{}", identifier(group, "run_as_group")?);
+    }
+    let (user, group) = name.split_once(':').unwrap_or((&name, ""));
+    let mut resolved = User::default();
+    resolved.set_uid(user.parse().unwrap_or(0));
+    resolved.set_gid(group.parse().unwrap_or(0));
+    let additional = security
+        .supplemental_groups
+        .iter()
+        .map(|&group| identifier(group, "supplemental_groups"))
+        .collect::<Result<Vec<_>, _>>()?;
+    resolved.set_additional_gids(Some(additional));
+    resolved.set_username(Some(name));
+    Ok(resolved)
+}
+
+fn identifier(value: i64, field: &'static str) -> Result<u32, SpecError> {
+    // 2^32 - 1 means "no id" to the kernel.
+    match u32::try_from(value) {
+        Ok(id) if id != u32::MAX => Ok(id),
+        _ => Err(invalid(field, format!("{value} is no id"))),
+    }
+}
+
+fn invalid(field: &'static str, reason: impl Into<String>) -> SpecError {
+    SpecError::Invalid {
+        field,
+        reason: reason.into(),
+    }
+}
+
+fn unsupported(field: &'static str, reason: impl Into<String>) -> SpecError {
+    SpecError::Unsupported {
+        field,
+        reason: reason.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

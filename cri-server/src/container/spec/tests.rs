@@ -1,0 +1,249 @@
+use super::*;
+
+fn image() -> ImageDefaults {
+    ImageDefaults {
+        entrypoint: vec!["/entry".into()],
+        cmd: vec!["serve".into()],
+        env: vec!["COLOUR=red".into(), "PATH=/image".into()],
+        working_dir: "/srv".into(),
+        user: "www:web".into(),
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| word.to_string()).collect()
+}
+
+fn secured(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
+    cri::ContainerConfig {
+        linux: Some(cri::LinuxContainerConfig {
+            security_context: Some(security),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn planned(container: &cri::ContainerConfig) -> Spec {
+    plan(container, &cri::PodSandboxConfig::default(), &image())
+        .unwrap()
+        .spec
+}
+
+fn process_of(container: &cri::ContainerConfig) -> Process {
+    planned(container).process().clone().unwrap()
+}
+
+#[test]
+fn command_and_args_replace_what_the_image_says() {
+    let table: [(&[&str], &[&str], &[&str]); 4] = [
+        (&[], &[], &["/entry", "serve"]),
+        (&[], &["x"], &["/entry", "x"]),
+        (&["/own"], &[], &["/own"]),
+        (&["/own"], &["x"], &["/own", "x"]),
+    ];
+    for (command, args, expected) in table {
+        let container = cri::ContainerConfig {
+            command: words(command),
+            args: words(args),
+            ..Default::default()
+        };
+        assert_eq!(process_of(&container).args(), &Some(words(expected)));
+    }
+}
+
+#[test]
+fn without_any_program_the_container_is_refused() {
+    let refused = plan(
+        &cri::ContainerConfig::default(),
+        &cri::PodSandboxConfig::default(),
+        &ImageDefaults::default(),
+    );
+    assert!(matches!(
+        refused,
+        Err(SpecError::Invalid {
+            field: "command",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn the_containers_environment_wins_over_the_images() {
+    let pod = cri::PodSandboxConfig {
+        hostname: "web-0".into(),
+        ..Default::default()
+    };
+    let container = cri::ContainerConfig {
+        envs: vec![cri::KeyValue {
+            key: "COLOUR".into(),
+            value: "blue=green".into(),
+        }],
+        ..Default::default()
+    };
+    let spec = plan(&container, &pod, &image()).unwrap().spec;
+    let expected = words(&["PATH=/image", "HOSTNAME=web-0", "COLOUR=blue=green"]);
+    assert_eq!(spec.process().as_ref().unwrap().env(), &Some(expected));
+}
+
+#[test]
+fn a_path_is_there_even_if_nobody_sets_one() {
+    let container = cri::ContainerConfig {
+        command: words(&["/x"]),
+        ..Default::default()
+    };
+    let bare = ImageDefaults::default();
+    let plan = plan(&container, &cri::PodSandboxConfig::default(), &bare).unwrap();
+    let process = plan.spec.process().clone().unwrap();
+    assert_eq!(process.env(), &Some(vec![format!("PATH={DEFAULT_PATH}")]));
+    assert_eq!(process.cwd(), std::path::Path::new("/"));
+    assert_eq!(process.user().username(), &Some("0".to_owned()));
+}
+
+#[test]
+fn users_keep_their_names_and_numbers_are_filled_in() {
+    let number = |value| Some(cri::Int64Value { value });
+    let user = |security| process_of(&secured(security)).user().clone();
+    let of_image = user(cri::LinuxContainerSecurityContext::default());
+    assert_eq!(of_image.username(), &Some("www:web".to_owned()));
+    let numbers = user(cri::LinuxContainerSecurityContext {
+        run_as_user: number(1000),
+        run_as_group: number(2000),
+        supplemental_groups: vec![5, 6],
+        ..Default::default()
+    });
+    assert_eq!((numbers.uid(), numbers.gid()), (1000, 2000));
+    assert_eq!(numbers.additional_gids(), &Some(vec![5, 6]));
+    let name = user(cri::LinuxContainerSecurityContext {
+        run_as_username: "mail".into(),
+        ..Default::default()
+    });
+    assert_eq!(name.username(), &Some("mail".to_owned()));
+}
+
+#[test]
+fn a_security_context_reaches_the_spec() {
+    let spec = planned(&secured(cri::LinuxContainerSecurityContext {
+        readonly_rootfs: true,
+        no_new_privs: true,
+        masked_paths: words(&["/proc/kcore"]),
+        readonly_paths: words(&["/proc/sys"]),
+        ..Default::default()
+    }));
+    let process = spec.process().clone().unwrap();
+    assert_eq!(spec.root().as_ref().unwrap().readonly(), Some(true));
+    assert_eq!(process.no_new_privileges(), Some(true));
+    let linux = spec.linux().clone().unwrap();
+    assert_eq!(linux.masked_paths(), &Some(words(&["/proc/kcore"])));
+    assert_eq!(linux.readonly_paths(), &Some(words(&["/proc/sys"])));
+}
+
+#[test]
+fn a_privileged_container_is_root_of_the_guest() {
+    let spec = planned(&secured(cri::LinuxContainerSecurityContext {
+        privileged: true,
+        no_new_privs: true,
+        masked_paths: words(&["/proc/kcore"]),
+        ..Default::default()
+    }));
+    let process = spec.process().clone().unwrap();
+    assert_eq!(process.no_new_privileges(), Some(false));
+    let bounding = process.capabilities().clone().unwrap().bounding().clone();
+    assert_eq!(bounding.unwrap().len(), 41);
+    assert_eq!(
+        spec.linux().clone().unwrap().masked_paths(),
+        &Some(Vec::new())
+    );
+}
+
+#[test]
+fn a_pid_namespace_is_made_unless_the_pod_shares_one() {
+    let types = |mode: cri::NamespaceMode| {
+        let spec = planned(&secured(cri::LinuxContainerSecurityContext {
+            namespace_options: Some(cri::NamespaceOption {
+                pid: mode.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }));
+        let namespaces = spec.linux().clone().unwrap().namespaces().clone().unwrap();
+        namespaces
+            .iter()
+            .map(LinuxNamespace::typ)
+            .collect::<Vec<_>>()
+    };
+    assert!(types(cri::NamespaceMode::Container).contains(&LinuxNamespaceType::Pid));
+    assert!(!types(cri::NamespaceMode::Pod).contains(&LinuxNamespaceType::Pid));
+}
+
+#[test]
+fn what_a_vm_cannot_do_is_refused_by_name() {
+    let refuse = |container: cri::ContainerConfig, word: &str| {
+        let pod = cri::PodSandboxConfig::default();
+        let refusal = plan(&container, &pod, &image()).unwrap_err().to_string();
+        assert!(refusal.contains(word), "{refusal}");
+    };
+    let namespaces = |change: fn(&mut cri::NamespaceOption)| {
+        let mut options = cri::NamespaceOption::default();
+        change(&mut options);
+        secured(cri::LinuxContainerSecurityContext {
+            namespace_options: Some(options),
+            ..Default::default()
+        })
+    };
+    let node = cri::NamespaceMode::Node;
+    refuse(
+        namespaces(|o| o.set_network(cri::NamespaceMode::Node)),
+        "hostNetwork",
+    );
+    refuse(
+        namespaces(|o| o.set_pid(cri::NamespaceMode::Node)),
+        "hostPID",
+    );
+    refuse(
+        namespaces(|o| o.set_ipc(cri::NamespaceMode::Node)),
+        "hostIPC",
+    );
+    let pod = cri::PodSandboxConfig {
+        linux: Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(cri::LinuxSandboxSecurityContext {
+                namespace_options: Some(cri::NamespaceOption {
+                    network: node.into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert!(check_pod(&pod).is_err());
+    let device = cri::ContainerConfig {
+        devices: vec![cri::Device {
+            host_path: "/dev/sda".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    refuse(device, "/dev/sda");
+    let group = secured(cri::LinuxContainerSecurityContext {
+        run_as_group: Some(cri::Int64Value { value: 1 }),
+        ..Default::default()
+    });
+    refuse(group, "run_as_group");
+    let negative = secured(cri::LinuxContainerSecurityContext {
+        run_as_user: Some(cri::Int64Value { value: -1 }),
+        ..Default::default()
+    });
+    refuse(negative, "run_as_user");
+}
+
+#[test]
+fn an_exec_runs_as_its_container_does() {
+    let container = process_of(&cri::ContainerConfig::default());
+    let process = exec_process(&container, &words(&["true"])).unwrap();
+    assert_eq!(process.args(), &Some(words(&["true"])));
+    assert_eq!(process.env(), container.env());
+    assert_eq!(process.user(), container.user());
+    assert!(exec_process(&container, &[]).is_err());
+}

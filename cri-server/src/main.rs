@@ -1,0 +1,19 @@
+//! `bulkhead`: the CRI server and its command line.
+
+mod cgroup;
+mod cli;
+mod config;
+mod container;
+mod deadline;
+mod doctor;
+mod guest;
+mod image;
+mod network;
+mod pulls;
+mod sandbox;
+mod service;
+mod vm;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

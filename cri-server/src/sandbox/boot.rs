@@ -1,0 +1,394 @@
+//! From a record to a guest that answers, and back.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_agent_api::v1;
+use bulkhead_cri_api::v1 as cri;
+use bulkhead_vmm_api::{Control, Launch, OpenDevice};
+use std::os::fd::OwnedFd;
+use tokio::sync::mpsc;
+
+use super::host::{self, Host};
+use super::record::Record;
+use super::state::PodState;
+use super::undo::{Step, Undo, UndoList};
+use super::{SandboxError, dns, scratch};
+use crate::cgroup::PodCgroup;
+use crate::deadline::Deadline;
+use crate::guest::{Guest, GuestError};
+use crate::network::PodNetwork;
+use crate::vm::{self, Ended, Vm};
+
+/// Every VM has a vsock device of its own, so they may all have the same address.
+const GUEST_CID: u32 = 3;
+/// What the kernel is told besides its devices: to be quiet, to end the VM when it panics, and to
+/// take entropy from the CPU as the agent brings the host's later.
+const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=k random.trust_cpu=on";
+/// How long the end of killed processes is awaited.
+const CGROUP_END: Duration = Duration::from_secs(10);
+/// The most of the console that goes into an error, in bytes: it has to fit a gRPC trailer.
+const TAIL_BYTES: usize = 1536;
+
+/// How far a boot had come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The VMM runs; nothing was heard of the guest.
+    Kernel,
+    /// The guest has dialled.
+    Agent,
+    /// The agent has said who it is.
+    Prepare,
+}
+
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "before its agent called the host",
+            Self::Agent => "after its agent called the host, before it said who it is",
+            Self::Prepare => "while its agent prepared the sandbox",
+        })
+    }
+}
+
+/// A pod whose guest answers.
+#[derive(Debug)]
+pub struct Live {
+    /// The VM.
+    pub vm: Vm,
+    /// Its agent.
+    pub guest: Arc<Guest>,
+}
+
+/// A pod's record together with the machine, for what changes both.
+pub struct Ground<'a> {
+    /// The machine.
+    pub host: &'a Host,
+    /// The pod.
+    pub record: &'a mut Record,
+}
+
+impl Ground<'_> {
+    /// Makes everything the pod needs and waits for its guest. What was made stays in the
+    /// record's list of steps, also after a failure.
+    pub async fn boot(&mut self, deadline: Deadline) -> Result<Live, SandboxError> {
+        let begun = Instant::now();
+        let id = self.record.id.clone();
+        self.before(Step::RunDirectory).await?;
+        let run = self.host.run_directory(&id);
+        blocking(move || make_directory(&run)).await?;
+
+        self.before(Step::Network).await?;
+        let (network, taps) = self.host.network.set_up(&id).await?;
+
+        self.before(Step::Cgroup).await?;
+        let cgroup = self.host.cgroup(&id, &self.record.config)?;
+        let limits = Host::limits(&self.record.config);
+        let cgroup = blocking(move || {
+            cgroup.create()?;
+            cgroup.limit(&limits)?;
+            Ok(cgroup)
+        })
+        .await?;
+
+        self.before(Step::Scratch).await?;
+        let templates = self.host.templates();
+        let path = self.host.scratch(&id);
+        let size = self.host.config.vm.scratch_mib;
+        let disk = blocking(move || Ok(scratch::make(&templates, &path, size)?)).await?;
+
+        self.before(Step::Vmm).await?;
+        let launch = self.launch(&network, taps, disk.into(), cgroup).await?;
+        let (sender, streams) = mpsc::channel(vm::WAITING_STREAMS);
+        let files = self.host.vm_files(&id);
+        let launched = Instant::now();
+        let vm = Vm::launch(launch, files, bulkhead_agent_api::PORT, sender).await?;
+        let guest = Arc::new(Guest::new(self.record.secret, false, streams));
+        let live = Live { vm, guest };
+
+        let limit = deadline.at_most(self.host.config.vm.boot_timeout());
+        let greeting = live.guest.identify(limit);
+        let stage = || match live.guest.has_dialled() {
+            false => Stage::Kernel,
+            true => Stage::Agent,
+        };
+        let identity = live.or_died(greeting, stage).await?;
+        let answered = Instant::now();
+        let request = self.prepare(&network)?;
+        let prepared = live.guest.prepare(request, limit);
+        live.or_died(prepared, || Stage::Prepare).await?;
+        tracing::info!(
+            sandbox = %id, kernel = %identity.kernel_release, agent = %identity.agent_version,
+            host_us = (launched - begun).as_micros(),
+            guest_us = (answered - launched).as_micros(),
+            prepare_us = answered.elapsed().as_micros(),
+            "the guest is ready"
+        );
+
+        self.record.state = PodState::Ready {
+            vmm: live.vm.process().clone(),
+            agent: identity.boot_id,
+            network,
+        };
+        self.host.records.save(self.record).await?;
+        Ok(live)
+    }
+
+    /// Takes back everything the record's steps name.
+    pub async fn tear_down(&mut self) -> Result<(), SandboxError> {
+        let mut steps = self.record.steps.clone();
+        steps.unwind(self).await
+    }
+
+    async fn before(&mut self, step: Step) -> Result<(), SandboxError> {
+        let mut steps = self.record.steps.clone();
+        steps.before(step, self).await
+    }
+
+    async fn launch(
+        &self,
+        network: &PodNetwork,
+        taps: Vec<OwnedFd>,
+        scratch: OwnedFd,
+        cgroup: PodCgroup,
+    ) -> Result<Launch, SandboxError> {
+        let artefacts = self.host.artefacts().map_err(SandboxError::Unavailable)?;
+        let files = self.host.vm_files(&self.record.id);
+        let (control, exit_record, cgroup_procs) = blocking(move || {
+            let control = Control::listen(&files.control).map_err(at(&files.control))?;
+            let exit_record = std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&files.exit_record)
+                .map_err(at(&files.exit_record))?;
+            Ok((control, exit_record, cgroup.procs()?))
+        })
+        .await?;
+        let size = u64::from(self.host.config.vm.scratch_mib) << 20;
+        let disk = OpenDevice::disk(scratch::SERIAL, false, vec![(scratch, 0, size)]);
+        let cards = network.interfaces.iter().zip(taps);
+        let cards = cards.map(|(interface, tap)| {
+            let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
+            OpenDevice::net(tap, interface.mac, mtu)
+        });
+        Ok(Launch {
+            program: artefacts.vmm,
+            id: self.record.id.clone(),
+            kvm: artefacts.kvm,
+            kernel: artefacts.kernel,
+            initramfs: Some(artefacts.initramfs),
+            command_line: COMMAND_LINE.to_owned(),
+            memory_mib: self.host.config.vm.memory_mib,
+            vcpus: self.host.config.vm.vcpus,
+            guest_cid: GUEST_CID,
+            control,
+            exit_record: exit_record.into(),
+            console: None,
+            devices: std::iter::once(disk).chain(cards).collect(),
+            cgroup_procs: Some(cgroup_procs),
+            messages: None,
+        })
+    }
+
+    fn prepare(&self, network: &PodNetwork) -> Result<v1::PrepareRequest, SandboxError> {
+        let config = &self.record.config;
+        let linux = config.linux.clone().unwrap_or_default();
+        let security = linux.security_context.unwrap_or_default();
+        let namespaces = security.namespace_options.unwrap_or_default();
+        let entropy = host::random().map_err(|source| SandboxError::Random(source.to_string()))?;
+        Ok(v1::PrepareRequest {
+            operation_id: "prepare".to_owned(),
+            hostname: self.record.hostname.clone(),
+            interfaces: network.interfaces.iter().map(interface).collect(),
+            resolv_conf: dns::resolv_conf(config.dns_config.as_ref(), &network.dns),
+            sysctls: linux.sysctls,
+            wall_clock_nanoseconds: host::now(),
+            entropy: entropy.to_vec(),
+            scratch_serial: scratch::SERIAL.to_owned(),
+            shm_bytes: 0,
+            shared_pid_namespace: namespaces.pid() == cri::NamespaceMode::Pod,
+        })
+    }
+}
+
+impl Undo for Ground<'_> {
+    type Error = SandboxError;
+
+    async fn keep(&mut self, list: &UndoList) -> Result<(), SandboxError> {
+        self.record.steps = list.clone();
+        Ok(self.host.records.save(self.record).await?)
+    }
+
+    async fn undo(&mut self, step: Step) -> Result<(), SandboxError> {
+        let id = self.record.id.clone();
+        match step {
+            Step::Vmm => {
+                // It enters the pod's cgroup before it does anything else, so this finds it even
+                // if its pid was never written down.
+                let cgroup = self.host.cgroup(&id, &self.record.config)?;
+                blocking(move || Ok(cgroup.kill()?)).await
+            }
+            Step::Scratch => {
+                let path = self.host.scratch(&id);
+                blocking(move || gone(std::fs::remove_file(&path)).map_err(at(&path))).await
+            }
+            Step::Cgroup => {
+                let cgroup = self.host.cgroup(&id, &self.record.config)?;
+                blocking(move || Ok(cgroup.remove(CGROUP_END)?)).await
+            }
+            Step::Network => Ok(self.host.network.tear_down(&id).await?),
+            Step::RunDirectory => {
+                let path = self.host.run_directory(&id);
+                blocking(move || gone(std::fs::remove_dir_all(&path)).map_err(at(&path))).await
+            }
+        }
+    }
+}
+
+impl Live {
+    /// Awaits a call of the boot; when the VM ends, or the guest is late, the error says how far
+    /// it had come and what its console showed.
+    async fn or_died<T>(
+        &self,
+        call: impl Future<Output = Result<T, GuestError>>,
+        stage: impl Fn() -> Stage,
+    ) -> Result<T, SandboxError> {
+        let ended = tokio::select! {
+            answer = call => match answer {
+                Ok(answer) => return Ok(answer),
+                Err(GuestError::Late(_)) => None,
+                // The connection breaks a moment before the VM's end is seen.
+                Err(error) if error.lost() => {
+                    let patience = Deadline::after(Duration::from_secs(2));
+                    match patience.bound(self.vm.wait()).await {
+                        Ok(ended) => Some(ended),
+                        Err(_) => return Err(error.into()),
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            },
+            ended = self.vm.wait() => Some(ended),
+        };
+        match ended {
+            Some(Ended {
+                reason,
+                console_tail,
+            }) => Err(SandboxError::Died {
+                stage: stage(),
+                reason,
+                console: tail(&console_tail),
+            }),
+            None => {
+                let patience = Deadline::after(Duration::from_secs(2));
+                let console = self
+                    .vm
+                    .console_tail("boot-stats".to_owned(), patience)
+                    .await;
+                Err(SandboxError::Slow {
+                    stage: stage(),
+                    console: tail(&console),
+                })
+            }
+        }
+    }
+}
+
+/// The last whole lines of a console that fit an error; the guest's bytes, so only what can be
+/// shown.
+fn tail(console: &str) -> String {
+    let shown: String = console
+        .chars()
+        .filter(|c| *c == '\n' || !c.is_control())
+        .collect();
+    let mut start = shown.len().saturating_sub(TAIL_BYTES);
+    while !shown.is_char_boundary(start) {
+        start += 1;
+    }
+    let rest = shown.get(start..).unwrap_or_default();
+    let rest = match rest.split_once('\n') {
+        Some((_, whole)) if start > 0 => whole,
+        _ => rest,
+    };
+    let rest = rest.trim();
+    if rest.is_empty() {
+        "(nothing)".to_owned()
+    } else {
+        rest.to_owned()
+    }
+}
+
+fn interface(interface: &crate::network::Interface) -> v1::Interface {
+    let bytes = |address: std::net::IpAddr| match address {
+        std::net::IpAddr::V4(address) => address.octets().to_vec(),
+        std::net::IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    v1::Interface {
+        name: interface.name.clone(),
+        mac: interface.mac.to_vec(),
+        mtu: interface.mtu,
+        addresses: interface
+            .addresses
+            .iter()
+            .map(|address| v1::Address {
+                address: bytes(address.address),
+                prefix_length: address.prefix.into(),
+            })
+            .collect(),
+        routes: interface
+            .routes
+            .iter()
+            .map(|route| v1::Route {
+                destination: bytes(route.destination),
+                prefix_length: route.prefix.into(),
+                gateway: route.gateway.map(bytes).unwrap_or_default(),
+            })
+            .collect(),
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), SandboxError> {
+    let mut builder = std::fs::DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(path);
+    made.map_err(at(path))
+}
+
+fn at(path: &Path) -> impl FnOnce(std::io::Error) -> SandboxError + use<> {
+    let path = path.to_owned();
+    move |source| SandboxError::File { path, source }
+}
+
+fn gone(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Runs what blocks off the async threads.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SandboxError> + Send + 'static,
+) -> Result<T, SandboxError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(SandboxError::Broken(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_consoles_tail_is_whole_lines_that_can_be_shown() {
+        assert_eq!(tail(""), "(nothing)");
+        assert_eq!(tail("\u{1b}[1mpanic\r\n"), "[1mpanic");
+        let long = format!("{}\nlast line\n", "é".repeat(TAIL_BYTES));
+        assert_eq!(tail(&long), "last line");
+    }
+}

@@ -1,0 +1,453 @@
+//! What the owner does with containers.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use bulkhead_agent_api::v1;
+use bulkhead_cri_api::v1 as cri;
+use tokio::sync::mpsc;
+
+use super::SandboxError;
+use super::boot::{Live, blocking};
+use super::host::{self, new_id};
+use super::image::{self, Resolved};
+use super::owner::{Event, Owner};
+use super::pod::running;
+use super::record::{Container, Disk, User};
+use super::state::{ContainerState, PodState};
+use crate::container::log::{Log, Stream};
+use crate::container::spec::{self, Plan, SpecError};
+use crate::container::{file, output, signal};
+use crate::deadline::Deadline;
+use crate::guest::GuestError;
+
+/// A wait that ends when the container does.
+const FOREVER: std::time::Duration = std::time::Duration::from_secs(10 * 365 * 24 * 3600);
+/// Between attempts to reach a guest that has lost its connection.
+const RETRY: std::time::Duration = std::time::Duration::from_millis(100);
+
+impl Owner {
+    /// Makes a container in the guest, held before its program.
+    pub(super) async fn create_container(
+        &mut self,
+        config: cri::ContainerConfig,
+        deadline: Deadline,
+    ) -> Result<String, SandboxError> {
+        let live = self.live()?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        if metadata.name.is_empty() {
+            return Err(SpecError::Invalid {
+                field: "metadata.name",
+                reason: "it is empty".to_owned(),
+            }
+            .into());
+        }
+        let mut others = self.record.containers.values();
+        if let Some(other) = others.find(|other| other.config.metadata == config.metadata) {
+            return Err(SandboxError::NameTaken {
+                name: format!("{} attempt {}", metadata.name, metadata.attempt),
+                holder: other.id.clone(),
+            });
+        }
+        let reference = config.image.clone().unwrap_or_default().image;
+        let image = image::resolve(&self.host.images, &reference).await?;
+        let plan = spec::plan(&config, &self.record.config, &image.defaults)?;
+        let log_path = log_path(&self.record.config.log_directory, &config.log_path)?;
+        let files = self.files(&plan).await?;
+        let stop_signal = signal::stop(config.stop_signal(), image.stop_signal.as_deref());
+        let (image_id, image_ref) = (image.id.clone(), image.reference.clone());
+        let image_serial = self.attach(&live, image, deadline).await?;
+
+        let id = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+        let request = v1::CreateContainerRequest {
+            operation_id: format!("create-{id}"),
+            container_id: id.clone(),
+            spec: serde_json::to_vec(&plan.spec)
+                .map_err(|error| SandboxError::Broken(error.to_string()))?,
+            image_serial,
+            stdin: config.stdin,
+            files,
+        };
+        let container = Container {
+            id: id.clone(),
+            created_at: host::now(),
+            stop_signal,
+            config,
+            image_id,
+            image_ref,
+            process: plan.spec.process().clone().unwrap_or_default(),
+            user: None,
+            log_path,
+            state: ContainerState::Creating,
+        };
+        self.record.containers.insert(id.clone(), container);
+        self.host.records.save(&self.record).await?;
+        match live.guest.create_container(request, deadline).await {
+            Ok(created) => {
+                if let Some(container) = self.record.containers.get_mut(&id) {
+                    // Further processes run as the same ids, whatever becomes of the names.
+                    let mut user = container.process.user().clone();
+                    user.set_uid(created.uid)
+                        .set_gid(created.gid)
+                        .set_additional_gids(Some(created.supplementary_gids.clone()))
+                        .set_username(None);
+                    container.process.set_user(user);
+                    container.user = Some(User {
+                        uid: created.uid,
+                        gid: created.gid,
+                        groups: created.supplementary_gids,
+                    });
+                    container.state = ContainerState::Created;
+                }
+                self.commit().await;
+                Ok(id)
+            }
+            Err(error) => {
+                forget(&live, &id).await;
+                self.record.containers.remove(&id);
+                self.commit().await;
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn files(&self, plan: &Plan) -> Result<Vec<v1::File>, SandboxError> {
+        let mounted = plan.files.clone();
+        let read = move || {
+            let files: Result<Vec<_>, _> = mounted.iter().map(file::read).collect();
+            Ok(files?)
+        };
+        let mut files = blocking(read).await?;
+        let identity = file::identity(&files, &self.record.hostname, &self.addresses());
+        files.extend(identity);
+        Ok(files)
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        let PodState::Ready { network, .. } = &self.record.state else {
+            return Vec::new();
+        };
+        let interfaces = network.interfaces.iter();
+        let addresses = interfaces.flat_map(|interface| &interface.addresses);
+        addresses
+            .map(|address| address.address.to_string())
+            .collect()
+    }
+
+    /// Makes sure that the image's disk is in the VM; returns the disk's serial.
+    async fn attach(
+        &mut self,
+        live: &Live,
+        image: Resolved,
+        deadline: Deadline,
+    ) -> Result<String, SandboxError> {
+        let serial = image.serial.clone();
+        if !self.record.disks.contains_key(&image.id) {
+            let device = image.open().await?;
+            // The disk may have been here before: not the same operation.
+            let operation = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+            let window = live.vm.attach(operation.clone(), device, deadline).await?;
+            let request = v1::AttachDiskRequest {
+                operation_id: operation.clone(),
+                window: window.into(),
+                serial: serial.clone(),
+            };
+            if let Err(error) = live.guest.attach_disk(request, deadline).await {
+                let undo = format!("{operation}-undo");
+                if let Err(error) = live.vm.detach(undo, window, deadline).await {
+                    tracing::warn!(window, %error, "a window stays occupied");
+                }
+                return Err(error.into());
+            }
+            let disk = Disk {
+                serial: serial.clone(),
+                window,
+            };
+            self.record.disks.insert(image.id.clone(), disk);
+        }
+        self.leases.insert(image.id, image.lease);
+        Ok(serial)
+    }
+
+    /// Lets a container's program run.
+    pub(super) async fn start_container(
+        &mut self,
+        id: &str,
+        deadline: Deadline,
+    ) -> Result<(), SandboxError> {
+        let live = self.live()?;
+        let container = self.record.containers.get(id);
+        let container = container.ok_or_else(|| SandboxError::no_container(id))?;
+        let state = match container.state {
+            ContainerState::Created => None,
+            ContainerState::Creating => Some("not made yet"),
+            ContainerState::Running { .. } => Some("running"),
+            ContainerState::Exited(_) => Some("exited"),
+        };
+        if let Some(state) = state {
+            return Err(SandboxError::WrongState {
+                id: id.to_owned(),
+                state,
+                needed: "created",
+            });
+        }
+        let created_at = container.created_at;
+        let log = Log::open(container.log_path.clone()).await?;
+        let streams = Streams::open(&live, id, deadline).await?;
+        let request = v1::StartContainerRequest {
+            operation_id: format!("start-{id}"),
+            container_id: id.to_owned(),
+        };
+        let started = live.guest.start_container(request, deadline).await;
+        let Some(container) = self.record.containers.get_mut(id) else {
+            return Err(SandboxError::no_container(id));
+        };
+        match started {
+            Ok(started) => {
+                container.state = ContainerState::Running {
+                    // The guest's clock may lag behind the host's.
+                    started_at: started.started_at_nanoseconds.max(created_at),
+                };
+                self.logs.insert(id.to_owned(), log.clone());
+                self.commit().await;
+                let report = self.report.clone();
+                tokio::spawn(streams.follow(live, id.to_owned(), log, report));
+                Ok(())
+            }
+            Err(error) => {
+                let refused = error.code() == Some(tonic::Code::FailedPrecondition);
+                if refused {
+                    container
+                        .state
+                        .fail_to_start(host::now(), error.to_string());
+                    self.commit().await;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes up the containers of a guest that an earlier server has left.
+    pub(super) async fn resume_containers(&mut self) {
+        let Ok(live) = self.live() else {
+            return;
+        };
+        let ids: Vec<String> = self.record.containers.keys().cloned().collect();
+        for id in ids {
+            let Some(container) = self.record.containers.get(&id) else {
+                continue;
+            };
+            match container.state {
+                ContainerState::Creating => {
+                    forget(&live, &id).await;
+                    self.record.containers.remove(&id);
+                }
+                ContainerState::Running { .. } => {
+                    let limit = Deadline::after(self.host.config.vm.boot_timeout());
+                    let log = Log::open(container.log_path.clone()).await;
+                    let streams = Streams::open(&live, &id, limit).await;
+                    let (Ok(log), Ok(streams)) = (log, streams) else {
+                        tracing::error!(container = %id, "a container's output is not followed");
+                        continue;
+                    };
+                    self.logs.insert(id.clone(), log.clone());
+                    let report = self.report.clone();
+                    tokio::spawn(streams.follow(Arc::clone(&live), id, log, report));
+                }
+                ContainerState::Created | ContainerState::Exited(_) => {}
+            }
+        }
+        let images: Vec<String> = self.record.disks.keys().cloned().collect();
+        for image in images {
+            match image::keep_again(&self.host.images, &image).await {
+                Ok(lease) => drop(self.leases.insert(image, lease)),
+                Err(error) => tracing::warn!(%error, "the image of a running pod is gone"),
+            }
+        }
+    }
+
+    /// Forgets a container that does not run; one that is unknown is as good as removed.
+    pub(super) async fn remove_container(&mut self, id: &str) -> Result<(), SandboxError> {
+        let Some(container) = self.record.containers.get(id) else {
+            return Ok(());
+        };
+        if matches!(container.state, ContainerState::Running { .. }) {
+            return Err(SandboxError::WrongState {
+                id: id.to_owned(),
+                state: "running",
+                needed: "stopped",
+            });
+        }
+        if let Ok(live) = self.live() {
+            let request = v1::RemoveContainerRequest {
+                operation_id: format!("remove-{id}"),
+                container_id: id.to_owned(),
+            };
+            let limit = Deadline::after(self.host.config.vm.boot_timeout());
+            match live.guest.remove_container(request, limit).await {
+                Err(error) if error.code() != Some(tonic::Code::NotFound) => {
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+        }
+        let image_id = container.image_id.clone();
+        self.record.containers.remove(id);
+        self.detach(&image_id).await;
+        self.commit().await;
+        Ok(())
+    }
+
+    /// Takes the image's disk out of the VM if no container uses it any more. Where that fails the
+    /// disk stays, for the next container of the image.
+    async fn detach(&mut self, image_id: &str) {
+        let mut containers = self.record.containers.values();
+        if containers.any(|container| container.image_id == image_id) {
+            return;
+        }
+        let (Ok(live), Some(disk)) = (self.live(), self.record.disks.get(image_id)) else {
+            return;
+        };
+        let limit = Deadline::after(self.host.config.vm.boot_timeout());
+        let detached = async {
+            let operation = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+            let request = v1::DetachDiskRequest {
+                operation_id: operation.clone(),
+                window: disk.window.into(),
+                serial: disk.serial.clone(),
+            };
+            live.guest.detach_disk(request, limit).await?;
+            // The guest has let go: whatever the VMM says, the disk is not to be used again.
+            if let Err(error) = live.vm.detach(operation, disk.window, limit).await {
+                tracing::warn!(window = disk.window, %error, "a window stays occupied");
+            }
+            Ok::<_, SandboxError>(())
+        };
+        match detached.await {
+            Ok(()) => {
+                self.record.disks.remove(image_id);
+                self.leases.remove(image_id);
+            }
+            Err(error) => tracing::warn!(image = %image_id, %error, "a disk is not detached"),
+        }
+    }
+
+    /// Makes a running container's log anew.
+    pub(super) async fn reopen_log(&mut self, id: &str) -> Result<(), SandboxError> {
+        let container = self.record.containers.get(id);
+        running(container.ok_or_else(|| SandboxError::no_container(id))?)?;
+        match self.logs.get(id) {
+            Some(log) => Ok(log.reopen().await?),
+            None => Ok(()),
+        }
+    }
+
+    fn live(&self) -> Result<Arc<Live>, SandboxError> {
+        self.live.clone().ok_or_else(|| SandboxError::NotReady {
+            id: self.record.id.clone(),
+            reason: match &self.record.state {
+                PodState::NotReady { reason } => reason.clone(),
+                _ => "its guest is not connected".to_owned(),
+            },
+        })
+    }
+}
+
+/// A container's output on its way out of the guest.
+struct Streams {
+    stdout: (tokio::net::UnixStream, u64),
+    stderr: (tokio::net::UnixStream, u64),
+}
+
+impl Streams {
+    async fn open(live: &Live, id: &str, deadline: Deadline) -> Result<Self, GuestError> {
+        let open = |stream| {
+            let stdio = output::stdio(stream);
+            // Offset 0: from the first byte that no server has acknowledged.
+            live.guest.open_stream(id, "", stdio, 0, deadline)
+        };
+        let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), open(Stream::Stderr))?;
+        Ok(Self { stdout, stderr })
+    }
+
+    /// Writes the log to its end and reports the container's.
+    async fn follow(self, live: Arc<Live>, id: String, log: Log, report: mpsc::Sender<Event>) {
+        let (stdout, stderr) = (self.stdout, self.stderr);
+        let written = async {
+            tokio::join!(
+                output::write_log(stdout.0, Stream::Stdout, stdout.1, log.clone()),
+                output::write_log(stderr.0, Stream::Stderr, stderr.1, log.clone()),
+            )
+        };
+        let (exit, _) = tokio::join!(end(&live, &id), written);
+        // The owner may be gone, and the pod with it.
+        let _ = report.send(Event::Exited { id, exit }).await;
+    }
+}
+
+/// Waits for a container's end, through lost connections, until its VM ends.
+async fn end(live: &Live, id: &str) -> Result<v1::Exit, String> {
+    loop {
+        let request = v1::WaitRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        };
+        let answer = tokio::select! {
+            answer = live.guest.wait(request, Deadline::after(FOREVER)) => answer,
+            ended = live.vm.wait() => return Err(ended.reason),
+        };
+        match answer {
+            Ok(response) => {
+                let nothing = || "the guest did not say how the container ended".to_owned();
+                return response.exit.ok_or_else(nothing);
+            }
+            Err(error) if error.lost() => tokio::time::sleep(RETRY).await,
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+/// Removes what a failed creation may have left in the guest.
+async fn forget(live: &Live, id: &str) {
+    let request = v1::RemoveContainerRequest {
+        operation_id: format!("forget-{id}"),
+        container_id: id.to_owned(),
+    };
+    let limit = Deadline::after(std::time::Duration::from_secs(10));
+    if let Err(error) = live.guest.remove_container(request, limit).await {
+        tracing::debug!(container = %id, %error, "nothing of a failed container to remove");
+    }
+}
+
+/// `log_path` below `log_directory`; none if either is empty (CRI `ContainerConfig.log_path`).
+fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>, SandboxError> {
+    if directory.is_empty() || path.is_empty() {
+        return Ok(None);
+    }
+    let below = Path::new(path)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if !below || !directory.starts_with('/') {
+        return Err(SpecError::Invalid {
+            field: "log_path",
+            reason: format!("{path:?} is not a path below the log directory {directory:?}"),
+        }
+        .into());
+    }
+    Ok(Some(Path::new(directory).join(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_stays_below_its_directory() {
+        assert_eq!(log_path("", "0.log").unwrap(), None);
+        assert_eq!(log_path("/logs", "").unwrap(), None);
+        let expected = Some(PathBuf::from("/logs/c/0.log"));
+        assert_eq!(log_path("/logs", "c/0.log").unwrap(), expected);
+        assert!(log_path("/logs", "../0.log").is_err());
+        assert!(log_path("/logs", "/etc/passwd").is_err());
+    }
+}

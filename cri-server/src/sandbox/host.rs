@@ -1,0 +1,161 @@
+//! What all pods of a server share: the machine, and the other rooms.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use bulkhead_cri_api::v1 as cri;
+use rustix::rand::GetRandomFlags;
+
+use super::SandboxError;
+use super::record::{Records, hexadecimal};
+use crate::cgroup::{self, Hierarchy, Limits, PodCgroup};
+use crate::config::{Artefacts, Config};
+use crate::image::ImageStore;
+use crate::network::Network;
+use crate::vm;
+
+/// The most threads and processes a pod has on the host: those of its VMM, at most 64 vCPUs and a
+/// few for each device.
+const PROCESSES: u64 = 512;
+/// The kernel's period for CPU quotas, in microseconds, where the request names none.
+const CPU_PERIOD: u64 = 100_000;
+
+/// Where pods are made.
+pub struct Host {
+    /// The server's configuration.
+    pub config: Config,
+    /// The pods' records.
+    pub records: Records,
+    /// The pods' network.
+    pub network: Network,
+    /// The images.
+    pub images: ImageStore,
+    /// This boot of the machine.
+    pub boot: String,
+    hierarchy: Result<Hierarchy, String>,
+}
+
+/// What a VMM is started from, open.
+#[derive(Debug)]
+pub struct OpenArtefacts {
+    /// `bulkhead-vmm`.
+    pub vmm: PathBuf,
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// The initramfs.
+    pub initramfs: OwnedFd,
+}
+
+impl Host {
+    /// Looks at the machine. What is missing is told when a pod is asked for. Blocks.
+    pub fn new(config: Config, network: Network, images: ImageStore) -> std::io::Result<Self> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Ok(Self {
+            records: Records::under(&config.root),
+            network,
+            images,
+            boot: boot.trim().to_owned(),
+            hierarchy: Hierarchy::detect().map_err(|error| error.to_string()),
+            config,
+        })
+    }
+
+    /// Whether pods can run here; why not. Blocks.
+    pub fn ready(&self) -> Result<(), String> {
+        self.artefacts()?;
+        self.hierarchy.as_ref().map_err(String::clone)?;
+        Ok(())
+    }
+
+    /// Opens what a VMM is started from. Blocks.
+    pub fn artefacts(&self) -> Result<OpenArtefacts, String> {
+        let found = Artefacts::find()?;
+        let mut options = OpenOptions::new();
+        let kvm = options.read(true).write(true).open("/dev/kvm");
+        let kvm = kvm.map_err(|error| {
+            format!("/dev/kvm cannot be opened ({error}): pods need hardware virtualisation")
+        })?;
+        let open = |path: &Path| {
+            File::open(path)
+                .map(OwnedFd::from)
+                .map_err(|error| format!("{} cannot be opened: {error}", path.display()))
+        };
+        Ok(OpenArtefacts {
+            vmm: found.vmm,
+            kvm: kvm.into(),
+            kernel: open(&found.kernel)?,
+            initramfs: open(&found.initramfs)?,
+        })
+    }
+
+    /// The cgroup of a pod; it may not exist.
+    pub fn cgroup(&self, id: &str, pod: &cri::PodSandboxConfig) -> Result<PodCgroup, SandboxError> {
+        let hierarchy = self.hierarchy.as_ref();
+        let hierarchy = hierarchy.map_err(|why| SandboxError::Unavailable(why.clone()))?;
+        let linux = pod.linux.as_ref();
+        let parent = linux.map_or("", |linux| &linux.cgroup_parent);
+        Ok(hierarchy.pod(parent, id)?)
+    }
+
+    /// What the pod may use of the host, all its processes together. Its memory is bounded by the
+    /// size of its VM.
+    pub fn limits(pod: &cri::PodSandboxConfig) -> Limits {
+        let asked = pod.linux.as_ref().and_then(|linux| linux.resources.clone());
+        let asked = asked.unwrap_or_default();
+        let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+        let period = positive(asked.cpu_period).unwrap_or(CPU_PERIOD);
+        Limits {
+            cpu: positive(asked.cpu_quota).map(|quota| (quota, period)),
+            cpu_weight: positive(asked.cpu_shares).map(cgroup::weight),
+            pids: Some(PROCESSES),
+            ..Limits::default()
+        }
+    }
+
+    /// The pod's directory for sockets.
+    pub fn run_directory(&self, id: &str) -> PathBuf {
+        self.config.run.join("sandboxes").join(id)
+    }
+
+    /// The files of the pod's VMM.
+    pub fn vm_files(&self, id: &str) -> vm::Files {
+        vm::Files::under(&self.run_directory(id))
+    }
+
+    /// The pod's scratch disk.
+    pub fn scratch(&self, id: &str) -> PathBuf {
+        self.records.directory(id).join("scratch.ext4")
+    }
+
+    /// Where formatted disks are kept to be copied.
+    pub fn templates(&self) -> PathBuf {
+        self.config.root.join("templates")
+    }
+}
+
+/// Bytes nobody can guess.
+pub fn random() -> std::io::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    // Requests of up to 256 bytes are answered whole.
+    match rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())? {
+        32 => Ok(bytes),
+        count => Err(std::io::Error::other(format!("only {count} random bytes"))),
+    }
+}
+
+/// A new id for a pod, a container or an operation: 64 hexadecimal digits.
+pub fn new_id() -> std::io::Result<String> {
+    Ok(hexadecimal(&random()?))
+}
+
+/// Nanoseconds since 1970.
+pub fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since
+        .ok()
+        .and_then(|since| i64::try_from(since.as_nanos()).ok())
+        .unwrap_or(0)
+}

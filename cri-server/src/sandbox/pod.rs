@@ -1,0 +1,236 @@
+//! A pod as others see it: a view to read, and a task to ask.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_agent_api::v1::SignalRequest;
+use bulkhead_cri_api::v1 as cri;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::SandboxError;
+use super::boot::Live;
+use super::host::new_id;
+use super::owner::{Answer, Request};
+use super::record::{Container, Record};
+use super::state::{ContainerState, PodState};
+use crate::container::exec::{self, Output};
+use crate::container::spec::exec_process;
+use crate::deadline::{Deadline, Passed};
+
+/// Linux' number of the signal that cannot be caught.
+pub const KILL: u32 = 9;
+/// How long a killed container's end, its log included, is awaited.
+const END: Duration = Duration::from_secs(30);
+
+/// A pod's owner task.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    id: String,
+    requests: mpsc::Sender<Request>,
+    view: watch::Receiver<Arc<View>>,
+}
+
+/// A pod at one moment.
+#[derive(Debug)]
+pub struct View {
+    record: Record,
+    live: Option<Arc<Live>>,
+}
+
+impl View {
+    /// What is to be seen of `record`, and its guest while it runs.
+    pub(super) fn new(record: Record, live: Option<Arc<Live>>) -> Self {
+        Self { record, live }
+    }
+
+    /// The pod's record.
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Whether anybody knows of the pod yet.
+    pub fn is_known(&self) -> bool {
+        self.record.state != PodState::Starting
+    }
+
+    fn container(&self, id: &str) -> Result<&Container, SandboxError> {
+        let container = self.record.containers.get(id);
+        container.ok_or_else(|| SandboxError::no_container(id))
+    }
+
+    fn live(&self) -> Result<&Arc<Live>, SandboxError> {
+        self.live.as_ref().ok_or_else(|| SandboxError::NotReady {
+            id: self.record.id.clone(),
+            reason: match &self.record.state {
+                PodState::NotReady { reason } => reason.clone(),
+                PodState::Starting => "it is starting".to_owned(),
+                PodState::Ready { .. } => "its guest is not connected".to_owned(),
+            },
+        })
+    }
+}
+
+impl Pod {
+    pub(super) fn new(
+        id: String,
+        requests: mpsc::Sender<Request>,
+        view: watch::Receiver<Arc<View>>,
+    ) -> Self {
+        Self { id, requests, view }
+    }
+
+    /// The pod's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The pod as it is now.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// Ends the pod and gives back what it holds; its record stays (CRI `StopPodSandbox`).
+    pub async fn stop(&self) -> Result<(), SandboxError> {
+        match self.ask(Request::Stop).await {
+            // Removed is more than stopped.
+            Err(SandboxError::Gone(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Ends the pod and forgets it (CRI `RemovePodSandbox`).
+    pub async fn remove(&self) -> Result<(), SandboxError> {
+        match self.ask(Request::Remove).await {
+            Err(SandboxError::Gone(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Makes a container and returns its id.
+    pub async fn create_container(
+        &self,
+        config: cri::ContainerConfig,
+        deadline: Deadline,
+    ) -> Result<String, SandboxError> {
+        let config = Box::new(config);
+        self.ask(|reply| Request::Create(config, deadline, reply))
+            .await
+    }
+
+    /// Starts a container that was made.
+    pub async fn start_container(
+        &self,
+        id: String,
+        deadline: Deadline,
+    ) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Start(id, deadline, reply)).await
+    }
+
+    /// Asks a container to stop, and kills it after `grace`. One that does not run is left alone.
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), SandboxError> {
+        let view = self.view();
+        let container = view.container(id)?;
+        if !matches!(container.state, ContainerState::Running { .. }) {
+            return Ok(());
+        }
+        if !grace.is_zero() {
+            let grace = Deadline::after(grace);
+            self.signal(&view, id, container.stop_signal, false).await?;
+            if grace.bound(self.ended(id)).await.is_ok() {
+                return Ok(());
+            }
+        }
+        self.signal(&view, id, KILL, true).await?;
+        let end = Deadline::after(END).bound(self.ended(id)).await;
+        end.map_err(|Passed| SandboxError::Unkillable(id.to_owned()))
+    }
+
+    /// Removes a container, killing it first.
+    pub async fn remove_container(&self, id: &str) -> Result<(), SandboxError> {
+        self.stop_container(id, Duration::ZERO).await?;
+        let id = id.to_owned();
+        self.ask(|reply| Request::RemoveContainer(id, reply)).await
+    }
+
+    /// Makes a container's log anew.
+    pub async fn reopen_log(&self, id: String) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::ReopenLog(id, reply)).await
+    }
+
+    /// Runs a command in a running container.
+    pub async fn exec(
+        &self,
+        id: &str,
+        command: &[String],
+        limit: Deadline,
+    ) -> Result<Output, SandboxError> {
+        let view = self.view();
+        let container = view.container(id)?;
+        running(container)?;
+        let process = exec_process(&container.process, command)?;
+        let guest = Arc::clone(&view.live()?.guest);
+        let exec_id = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+        Ok(exec::run(guest, id.to_owned(), exec_id, &process, limit).await?)
+    }
+
+    async fn signal(
+        &self,
+        view: &View,
+        id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), SandboxError> {
+        let request = SignalRequest {
+            operation_id: new_id().map_err(|error| SandboxError::Random(error.to_string()))?,
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+            signal,
+            all,
+        };
+        let sent = view
+            .live()?
+            .guest
+            .signal(request, Deadline::after(END))
+            .await;
+        match sent {
+            Ok(_) => Ok(()),
+            // It has just ended, or its VM has: its end will be seen.
+            Err(error) if error.lost() => Ok(()),
+            Err(error) if error.code() == Some(tonic::Code::NotFound) => Ok(()),
+            Err(error) if error.code() == Some(tonic::Code::FailedPrecondition) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until the container runs no more or does not exist.
+    async fn ended(&self, id: &str) {
+        let mut view = self.view.clone();
+        let over = |view: &Arc<View>| {
+            let container = view.record.containers.get(id);
+            container.is_none_or(|container| !container.state.lives())
+        };
+        // The owner has ended: nothing runs any more.
+        let _ = view.wait_for(over).await;
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, SandboxError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.requests.send(request(reply)).await;
+        sent.map_err(|_| SandboxError::gone(&self.id))?;
+        answer.await.map_err(|_| SandboxError::gone(&self.id))?
+    }
+}
+
+/// Refuses a container that does not run.
+pub fn running(container: &Container) -> Result<(), SandboxError> {
+    let state = match container.state {
+        ContainerState::Running { .. } => return Ok(()),
+        ContainerState::Creating | ContainerState::Created => "created",
+        ContainerState::Exited(_) => "exited",
+    };
+    Err(SandboxError::WrongState {
+        id: container.id.clone(),
+        state,
+        needed: "running",
+    })
+}

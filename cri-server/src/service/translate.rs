@@ -1,0 +1,254 @@
+//! From pods and containers to the CRI's messages, and the CRI's filters.
+
+use std::collections::HashMap;
+
+use bulkhead_cri_api::v1 as cri;
+
+use crate::sandbox::{Container, ContainerState, PodState, View};
+
+/// A pod in a list.
+pub fn pod(view: &View) -> cri::PodSandbox {
+    let record = view.record();
+    cri::PodSandbox {
+        id: record.id.clone(),
+        metadata: record.config.metadata.clone(),
+        state: pod_state(view).into(),
+        created_at: record.created_at,
+        labels: record.config.labels.clone(),
+        annotations: record.config.annotations.clone(),
+        runtime_handler: record.runtime_handler.clone(),
+    }
+}
+
+/// A pod's status.
+pub fn pod_status(view: &View) -> cri::PodSandboxStatus {
+    let record = view.record();
+    let linux = record.config.linux.clone().unwrap_or_default();
+    let options = linux
+        .security_context
+        .and_then(|context| context.namespace_options);
+    let addresses = addresses(&record.state);
+    let mut rest = addresses.iter().cloned();
+    let network = cri::PodSandboxNetworkStatus {
+        ip: rest.next().unwrap_or_default(),
+        additional_ips: rest.map(|ip| cri::PodIp { ip }).collect(),
+    };
+    cri::PodSandboxStatus {
+        id: record.id.clone(),
+        metadata: record.config.metadata.clone(),
+        state: pod_state(view).into(),
+        created_at: record.created_at,
+        network: Some(network),
+        linux: Some(cri::LinuxPodSandboxStatus {
+            namespaces: Some(cri::Namespace {
+                options: Some(options.unwrap_or_default()),
+            }),
+        }),
+        labels: record.config.labels.clone(),
+        annotations: record.config.annotations.clone(),
+        runtime_handler: record.runtime_handler.clone(),
+    }
+}
+
+/// What `verbose` adds to a pod's status: JSON in a map.
+pub fn pod_info(view: &View) -> HashMap<String, String> {
+    let record = view.record();
+    let state = match &record.state {
+        PodState::Starting => serde_json::json!("starting"),
+        PodState::Ready { vmm, network, .. } => serde_json::json!({
+            "vmm": vmm,
+            "network": network,
+        }),
+        PodState::NotReady { reason } => serde_json::json!({ "reason": reason }),
+    };
+    let info = serde_json::json!({
+        "state": state,
+        "hostname": record.hostname,
+        "disks": record.disks,
+    });
+    HashMap::from([("info".to_owned(), info.to_string())])
+}
+
+fn addresses(state: &PodState) -> Vec<String> {
+    let PodState::Ready { network, .. } = state else {
+        return Vec::new();
+    };
+    let interfaces = network.interfaces.iter();
+    let addresses = interfaces.flat_map(|interface| &interface.addresses);
+    addresses
+        .map(|address| address.address.to_string())
+        .collect()
+}
+
+fn pod_state(view: &View) -> cri::PodSandboxState {
+    match view.record().state {
+        PodState::Ready { .. } => cri::PodSandboxState::SandboxReady,
+        PodState::Starting | PodState::NotReady { .. } => cri::PodSandboxState::SandboxNotready,
+    }
+}
+
+/// A container in a list.
+pub fn container(view: &View, container: &Container) -> cri::Container {
+    cri::Container {
+        id: container.id.clone(),
+        pod_sandbox_id: view.record().id.clone(),
+        metadata: container.config.metadata.clone(),
+        image: container.config.image.clone(),
+        image_ref: container.image_ref.clone(),
+        state: container_state(container).into(),
+        created_at: container.created_at,
+        labels: container.config.labels.clone(),
+        annotations: container.config.annotations.clone(),
+        image_id: container.image_id.clone(),
+    }
+}
+
+/// A container's status.
+pub fn container_status(container: &Container) -> cri::ContainerStatus {
+    let config = &container.config;
+    let linux = config.linux.clone().unwrap_or_default();
+    let mut status = cri::ContainerStatus {
+        id: container.id.clone(),
+        metadata: config.metadata.clone(),
+        state: container_state(container).into(),
+        created_at: container.created_at,
+        image: config.image.clone(),
+        image_ref: container.image_ref.clone(),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        mounts: config.mounts.clone(),
+        log_path: container
+            .log_path
+            .as_ref()
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        resources: linux.resources.map(|resources| cri::ContainerResources {
+            linux: Some(resources),
+            windows: None,
+        }),
+        image_id: container.image_id.clone(),
+        user: container.user.as_ref().map(|user| cri::ContainerUser {
+            linux: Some(cri::LinuxContainerUser {
+                uid: user.uid.into(),
+                gid: user.gid.into(),
+                supplemental_groups: user.groups.iter().map(|&group| group.into()).collect(),
+            }),
+        }),
+        stop_signal: config.stop_signal,
+        ..Default::default()
+    };
+    match &container.state {
+        ContainerState::Creating | ContainerState::Created => {}
+        ContainerState::Running { started_at } => status.started_at = *started_at,
+        ContainerState::Exited(exit) => {
+            status.started_at = exit.started_at;
+            status.finished_at = exit.finished_at.max(container.created_at);
+            status.exit_code = exit.code;
+            status.reason = exit.reason.clone();
+            status.message = exit.message.clone();
+        }
+    }
+    status
+}
+
+/// What `verbose` adds to a container's status: JSON in a map.
+pub fn container_info(view: &View, container: &Container) -> HashMap<String, String> {
+    let info = serde_json::json!({
+        "sandboxID": view.record().id,
+        "process": container.process,
+        "stopSignal": container.stop_signal,
+    });
+    HashMap::from([("info".to_owned(), info.to_string())])
+}
+
+fn container_state(container: &Container) -> cri::ContainerState {
+    match container.state {
+        ContainerState::Creating | ContainerState::Created => cri::ContainerState::ContainerCreated,
+        ContainerState::Running { .. } => cri::ContainerState::ContainerRunning,
+        ContainerState::Exited(_) => cri::ContainerState::ContainerExited,
+    }
+}
+
+/// Whether a pod passes a filter; all its parts must agree.
+pub fn pod_passes(pod: &cri::PodSandbox, filter: &cri::PodSandboxFilter) -> bool {
+    pod.id.starts_with(&filter.id)
+        && filter
+            .state
+            .as_ref()
+            .is_none_or(|state| state.state == pod.state)
+        && selected(&pod.labels, &filter.label_selector)
+}
+
+/// Whether a container passes a filter; all its parts must agree.
+pub fn container_passes(container: &cri::Container, filter: &cri::ContainerFilter) -> bool {
+    container.id.starts_with(&filter.id)
+        && container.pod_sandbox_id.starts_with(&filter.pod_sandbox_id)
+        && filter
+            .state
+            .as_ref()
+            .is_none_or(|state| state.state == container.state)
+        && selected(&container.labels, &filter.label_selector)
+}
+
+fn selected(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+    selector
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect()
+    }
+
+    #[test]
+    fn filters_combine() {
+        let pod = cri::PodSandbox {
+            id: "abcdef".into(),
+            state: cri::PodSandboxState::SandboxNotready.into(),
+            labels: labels(&[("app", "web"), ("tier", "1")]),
+            ..Default::default()
+        };
+        let filter = cri::PodSandboxFilter {
+            id: "abc".into(),
+            state: Some(cri::PodSandboxStateValue { state: pod.state }),
+            label_selector: labels(&[("app", "web")]),
+        };
+        assert!(pod_passes(&pod, &cri::PodSandboxFilter::default()));
+        assert!(pod_passes(&pod, &filter));
+        let ready = cri::PodSandboxStateValue {
+            state: cri::PodSandboxState::SandboxReady.into(),
+        };
+        let other_state = cri::PodSandboxFilter {
+            state: Some(ready),
+            ..filter.clone()
+        };
+        assert!(!pod_passes(&pod, &other_state));
+        let other_label = cri::PodSandboxFilter {
+            label_selector: labels(&[("app", "db")]),
+            ..filter
+        };
+        assert!(!pod_passes(&pod, &other_label));
+    }
+
+    #[test]
+    fn a_container_is_found_by_its_pod() {
+        let container = cri::Container {
+            id: "c1".into(),
+            pod_sandbox_id: "p1".into(),
+            ..Default::default()
+        };
+        let of = |pod: &str| cri::ContainerFilter {
+            pod_sandbox_id: pod.into(),
+            ..Default::default()
+        };
+        assert!(container_passes(&container, &of("p1")));
+        assert!(!container_passes(&container, &of("p2")));
+    }
+}

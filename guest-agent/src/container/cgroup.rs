@@ -1,0 +1,236 @@
+//! A container's control group, cgroup v2 (Documentation/admin-guide/cgroup-v2.rst).
+
+mod cpu;
+mod cpuset;
+mod hugetlb;
+mod io;
+mod memory;
+mod pids;
+mod unified;
+
+use std::fs;
+use std::io::{Error as IoError, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use crate::container::spec::Resources;
+
+/// The group of all containers of the pod.
+pub const POD: &str = "/sys/fs/cgroup/pod";
+
+/// A value for one file of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Setting {
+    file: String,
+    value: String,
+    /// A kernel without this file keeps the promise anyway.
+    optional: bool,
+}
+
+impl Setting {
+    fn new(file: &str, value: impl ToString) -> Self {
+        Self {
+            file: file.to_owned(),
+            value: value.to_string(),
+            optional: false,
+        }
+    }
+}
+
+/// Why a control group is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A value of the specification makes no sense.
+    #[error("linux.resources: {0}")]
+    Invalid(String),
+    /// The kernel refused.
+    #[error("cannot write {value:?} to {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The value.
+        value: String,
+        /// The kernel's answer.
+        source: IoError,
+    },
+    /// The group cannot be made or removed.
+    #[error("cannot {what} the cgroup {path}: {source}")]
+    Directory {
+        /// The step.
+        what: &'static str,
+        /// The group.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: IoError,
+    },
+}
+
+/// A container's group. Not removed by being dropped: it can outlive a failed start.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the group of container `id` below [`POD`] with its limits.
+    pub fn create(id: &str, resources: Option<&Resources>) -> Result<Self, CgroupError> {
+        let settings = resources.map(settings).transpose()?.unwrap_or_default();
+        let path = Path::new(POD).join(id);
+        fs::create_dir(&path).map_err(|source| CgroupError::Directory {
+            what: "make",
+            path: path.clone(),
+            source,
+        })?;
+        let group = Self { path };
+        let written = settings.iter().try_for_each(|setting| group.write(setting));
+        if let Err(error) = written {
+            let _ = fs::remove_dir(&group.path);
+            return Err(error);
+        }
+        Ok(group)
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> String {
+        self.path.to_string_lossy().into_owned()
+    }
+
+    /// Kills every process in it.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        self.write(&Setting::new("cgroup.kill", 1))
+    }
+
+    /// Sends a signal to every process in it. One that forks meanwhile may be missed.
+    pub fn signal(&self, signal: i32) -> Result<(), IoError> {
+        let procs = fs::read_to_string(self.path.join("cgroup.procs"))?;
+        for pid in procs.lines().filter_map(|line| line.parse().ok()) {
+            match crate::sys::kill(pid, signal) {
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no process is left in it.
+    pub fn is_empty(&self) -> bool {
+        match fs::read_to_string(self.path.join("cgroup.events")) {
+            Ok(events) => field(&events, "populated") == Some(0),
+            Err(error) => error.kind() == ErrorKind::NotFound,
+        }
+    }
+
+    /// How many of its processes the OOM killer took.
+    pub fn oom_kills(&self) -> u64 {
+        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        field(&events, "oom_kill").unwrap_or(0)
+    }
+
+    /// Removes it with the groups a process made in it.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        remove(&self.path, 0).map_err(|source| CgroupError::Directory {
+            what: "remove",
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    fn write(&self, setting: &Setting) -> Result<(), CgroupError> {
+        let path = self.path.join(&setting.file);
+        match fs::write(&path, &setting.value) {
+            Err(error) if setting.optional && error.kind() == ErrorKind::NotFound => Ok(()),
+            done => done.map_err(|source| CgroupError::Write {
+                path,
+                value: setting.value.clone(),
+                source,
+            }),
+        }
+    }
+}
+
+fn settings(resources: &Resources) -> Result<Vec<Setting>, CgroupError> {
+    let mut all = Vec::new();
+    // The processors first: nothing else depends on the order.
+    if let Some(cpu) = &resources.cpu {
+        all.extend(cpuset::settings(cpu));
+        all.extend(cpu::settings(cpu));
+    }
+    if let Some(memory) = &resources.memory {
+        all.extend(memory::settings(memory)?);
+    }
+    if let Some(pids) = &resources.pids {
+        all.extend(pids::settings(pids));
+    }
+    if let Some(block) = &resources.block_io {
+        all.extend(io::settings(block));
+    }
+    all.extend(hugetlb::settings(&resources.hugepage_limits)?);
+    all.extend(unified::settings(&resources.unified)?);
+    Ok(all)
+}
+
+/// The value of `name` in a file of "name value" lines.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(key, _)| *key == name)
+        .and_then(|(_, value)| value.trim().parse().ok())
+}
+
+/// "max" for no limit.
+fn limit(value: Option<u64>) -> String {
+    value.map_or_else(|| "max".into(), |value| value.to_string())
+}
+
+fn remove(path: &Path, depth: usize) -> Result<(), IoError> {
+    const DEEPEST: usize = 32;
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if depth < DEEPEST && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path(), depth + 1)?;
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubelets_container_becomes_these_files() {
+        let resources: Resources = serde_json::from_str(
+            r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"cpus":"0-1"},
+                "memory":{"limit":134217728,"swap":134217728},"pids":{"limit":100},
+                "hugepageLimits":[{"pageSize":"2MB","limit":0}],
+                "unified":{"memory.oom.group":"1"}}"#,
+        )
+        .unwrap();
+        let files: Vec<String> = settings(&resources)
+            .unwrap()
+            .iter()
+            .map(|setting| format!("{}={}", setting.file, setting.value))
+            .collect();
+        assert_eq!(
+            files,
+            [
+                "cpuset.cpus=0-1",
+                "cpu.weight=39",
+                "cpu.max=50000 100000",
+                "memory.max=134217728",
+                "memory.swap.max=0",
+                "pids.max=100",
+                "hugetlb.2MB.max=0",
+                "memory.oom.group=1",
+            ]
+        );
+    }
+
+    #[test]
+    fn events_are_read_by_name() {
+        let events = "low 0\noom 2\noom_kill 1\noom_group_kill 0\n";
+        assert_eq!(field(events, "oom_kill"), Some(1));
+        assert_eq!(field(events, "oom_"), None);
+    }
+}

@@ -1,0 +1,188 @@
+//! Starts a stage and talks to it, see [`crate::container::stage`].
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::fs::MemfdFlags;
+use rustix::net::sockopt::Timeout;
+use rustix::process::{Pid, PidfdFlags};
+
+use crate::container::message::{self, Message};
+use crate::container::plan::Plan;
+
+/// How long a stage may take for a step: mounts and an exec, on a slow disk.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a process is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The agent's own part failed.
+    #[error("cannot {what}: {source}")]
+    Step {
+        /// The step, as the rest of a sentence.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The stage's own words.
+    #[error("{0}")]
+    Stage(String),
+    /// It ended without a word: killed, most likely for want of memory.
+    #[error("the process ended before it was ready; its memory limit may be too low")]
+    Ended,
+}
+
+fn step<T, E: Into<io::Error>>(what: &'static str, done: Result<T, E>) -> Result<T, LaunchError> {
+    done.map_err(|source| LaunchError::Step {
+        what,
+        source: source.into(),
+    })
+}
+
+/// A process that is ready but for its exec.
+#[derive(Debug)]
+pub struct Held {
+    socket: OwnedFd,
+}
+
+/// The agent's ends of a process.
+#[derive(Debug)]
+pub struct Launched {
+    /// Its number in the guest.
+    pub pid: i32,
+    /// It, whatever becomes of the number.
+    pub process: OwnedFd,
+    /// What holds it.
+    pub held: Held,
+    /// Present when asked for.
+    pub stdin: Option<OwnedFd>,
+    /// To read.
+    pub stdout: OwnedFd,
+    /// To read.
+    pub stderr: OwnedFd,
+}
+
+/// Starts a process as planned, up to its exec. Blocks.
+pub fn launch(
+    plan: &Plan,
+    other: Option<BorrowedFd<'_>>,
+    stdin: bool,
+) -> Result<Launched, LaunchError> {
+    let paper = step("write the plan", paper(plan))?;
+    let (stdin_here, stdin_there) = match stdin {
+        true => {
+            let (read, write) = step("make a pipe", pipe())?;
+            (Some(write), read)
+        }
+        false => (
+            None,
+            step("open /dev/null", File::open("/dev/null"))?.into(),
+        ),
+    };
+    let (stdout, stdout_there) = step("make a pipe", pipe())?;
+    let (stderr, stderr_there) = step("make a pipe", pipe())?;
+    let socket = step("start a stage", start(crate::STAGE))?;
+    let mut with = vec![
+        paper.as_fd(),
+        stdin_there.as_fd(),
+        stdout_there.as_fd(),
+        stderr_there.as_fd(),
+    ];
+    with.extend(other);
+    step(
+        "send the plan",
+        message::send(socket.as_fd(), &Message::Plan, &with),
+    )?;
+    drop((stdin_there, stdout_there, stderr_there));
+    let pid = process(socket.as_fd())?;
+    // Its parent being the agent, the number is free for others only after the reaper took it.
+    let opened = Pid::from_raw(pid)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+    let process = match opened {
+        Ok(process) => process,
+        Err(rustix::io::Errno::SRCH) => return Err(last_words(socket.as_fd())),
+        Err(error) => return step("open the process", Err(error)),
+    };
+    match step("wait for the process", message::receive(socket.as_fd())) {
+        Ok(Some((Message::Ready, _))) => {}
+        failed => {
+            let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
+            return Err(match failed {
+                Ok(Some((Message::Failed(words), _))) => LaunchError::Stage(words),
+                Ok(_) => LaunchError::Ended,
+                Err(error) => error,
+            });
+        }
+    }
+    Ok(Launched {
+        pid,
+        process,
+        held: Held { socket },
+        stdin: stdin_here,
+        stdout,
+        stderr,
+    })
+}
+
+impl Held {
+    /// Lets the process exec. Blocks until that is done or has failed.
+    pub fn start(self) -> Result<(), LaunchError> {
+        let socket = self.socket.as_fd();
+        match message::send(socket, &Message::Go, &[]) {
+            Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {
+                return Err(LaunchError::Ended);
+            }
+            sent => step("start the process", sent)?,
+        }
+        match step("wait for the program", message::receive(socket))? {
+            None => Ok(()),
+            Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
+            Some(_) => Err(LaunchError::Ended),
+        }
+    }
+}
+
+/// Calls the agent anew in a role; its standard input is the other end of the socket.
+pub fn start(role: &str) -> io::Result<OwnedFd> {
+    let (here, there) = message::pair()?;
+    rustix::net::sockopt::set_socket_timeout(&here, Timeout::Recv, Some(PATIENCE))?;
+    // The link to the program works whatever the root is. The reaper takes the exit.
+    Command::new("/proc/self/exe")
+        .arg(role)
+        .env_clear()
+        .stdin(Stdio::from(there))
+        .spawn()?;
+    Ok(here)
+}
+
+/// The number of the process that a stage has made.
+pub fn process(socket: BorrowedFd<'_>) -> Result<i32, LaunchError> {
+    match step("wait for the stage", message::receive(socket))? {
+        Some((Message::Process(pid), _)) => Ok(pid),
+        Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
+        _ => Err(LaunchError::Ended),
+    }
+}
+
+fn last_words(socket: BorrowedFd<'_>) -> LaunchError {
+    match message::receive(socket) {
+        Ok(Some((Message::Failed(words), _))) => LaunchError::Stage(words),
+        _ => LaunchError::Ended,
+    }
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
+/// The plan in memory of its own, read from its beginning.
+fn paper(plan: &Plan) -> io::Result<OwnedFd> {
+    let mut paper = File::from(rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC)?);
+    paper.write_all(&serde_json::to_vec(plan)?)?;
+    io::Seek::rewind(&mut paper)?;
+    Ok(paper.into())
+}

@@ -1,0 +1,510 @@
+//! The task that owns a container: all that changes it goes through here, in order.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::container::ContainerError;
+use crate::container::cgroup::Cgroup;
+use crate::container::launch::{self, Held, LaunchError, Launched};
+use crate::container::plan::{self, Plan};
+use crate::container::process::{self, Ending, Endpoint, Exit, Process, Which};
+use crate::container::spec;
+use crate::container::user;
+use crate::reap::Reaper;
+use crate::sandbox::now_nanoseconds;
+
+/// Most execs of a container at a time, those over but not removed among them.
+const MOST_EXECS: usize = 256;
+
+type Reply<T> = oneshot::Sender<Result<T, ContainerError>>;
+
+/// A container's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// Held before its exec.
+    Created,
+    /// Its program runs.
+    Running,
+    /// Over.
+    Exited(Exit),
+}
+
+/// To whom a signal goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// The container's init.
+    Init,
+    /// An exec.
+    Exec(String),
+    /// Every process of the container.
+    All,
+}
+
+/// What a container needs of its surroundings.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// Tells exits.
+    pub reaper: Reaper,
+    /// Whether a server is there to fetch output.
+    pub attended: watch::Receiver<bool>,
+}
+
+/// A container, from the outside.
+#[derive(Debug, Clone)]
+pub struct Container {
+    commands: mpsc::Sender<Command>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Start(Reply<i64>),
+    Started(Result<(), LaunchError>, Reply<i64>),
+    Signal(Target, i32, Reply<()>),
+    Wait(Option<String>, Reply<watch::Receiver<Option<Exit>>>),
+    Exec(Box<NewExec>, Reply<i32>),
+    Executed(String, Result<(Process, Held), ContainerError>, Reply<i32>),
+    RemoveExec(String, Reply<()>),
+    Endpoint(Option<String>, Which, Reply<Endpoint>),
+    State(Reply<(State, i32)>),
+    Remove(Reply<()>),
+}
+
+/// An exec to be made.
+#[derive(Debug)]
+pub struct NewExec {
+    /// Its id.
+    pub id: String,
+    /// The specification's `process`.
+    pub process: spec::Process,
+    /// Whether stdin stays open.
+    pub stdin: bool,
+}
+
+/// A container to be made, its files and limits already worked out.
+#[derive(Debug)]
+pub struct NewContainer {
+    /// Its id.
+    pub id: String,
+    /// What the stage is to do.
+    pub plan: Plan,
+    /// Its group, made.
+    pub cgroup: Cgroup,
+    /// Its image's directory in the guest.
+    pub image: String,
+    /// The pod's PID namespace, when it is shared.
+    pub pids: Option<Arc<OwnedFd>>,
+    /// Whether stdin stays open.
+    pub stdin: bool,
+    /// Directories that are the container's own.
+    pub directories: Vec<String>,
+}
+
+/// Runs blocking work on a thread for it.
+pub async fn off<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ContainerError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| ContainerError::Internal("a thread of the agent died".into()))
+}
+
+impl Container {
+    /// Makes the container's process, held before its exec. On failure the caller removes group
+    /// and directories.
+    pub async fn create(
+        new: NewContainer,
+        surroundings: Surroundings,
+    ) -> Result<(Self, i32), ContainerError> {
+        let since = surroundings.reaper.now();
+        let NewContainer {
+            id,
+            plan,
+            cgroup,
+            image,
+            pids,
+            stdin,
+            directories,
+        } = new;
+        let launched =
+            off(move || launch::launch(&plan, pids.as_ref().map(|pids| pids.as_fd()), stdin))
+                .await??;
+        let code = surroundings.reaper.exit(launched.pid, since);
+        let ending = Ending {
+            code,
+            cgroup: cgroup.clone(),
+            last: true,
+            attended: surroundings.attended.clone(),
+        };
+        let (init, held) = adopt(launched, ending)?;
+        let pid = init.pid;
+        let (commands, incoming) = mpsc::channel(16);
+        let owner = Owner {
+            id,
+            cgroup,
+            image,
+            directories,
+            surroundings,
+            commands: commands.downgrade(),
+            phase: Phase::Created(held),
+            init,
+            execs: HashMap::new(),
+        };
+        tokio::spawn(owner.run(incoming));
+        Ok((Self { commands }, pid))
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ContainerError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || ContainerError::NotFound("the container was removed".into());
+        let sent = self.commands.send(command(reply)).await;
+        sent.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Lets the program run; answers when it began, in nanoseconds since 1970.
+    pub async fn start(&self) -> Result<i64, ContainerError> {
+        self.ask(Command::Start).await
+    }
+
+    /// Sends a signal.
+    pub async fn signal(&self, target: Target, signal: i32) -> Result<(), ContainerError> {
+        self.ask(|reply| Command::Signal(target, signal, reply))
+            .await
+    }
+
+    /// Waits for the end of the container's init or of an exec.
+    pub async fn wait(&self, exec: Option<String>) -> Result<Exit, ContainerError> {
+        let mut exit = self.ask(|reply| Command::Wait(exec, reply)).await?;
+        let gone = || ContainerError::NotFound("the process was removed".into());
+        let exit = exit.wait_for(Option::is_some).await.map_err(|_| gone())?;
+        exit.clone().ok_or_else(gone)
+    }
+
+    /// Starts a further process; answers its number.
+    pub async fn exec(&self, new: NewExec) -> Result<i32, ContainerError> {
+        self.ask(|reply| Command::Exec(Box::new(new), reply)).await
+    }
+
+    /// Forgets an exec, killing it first when it is not over.
+    pub async fn remove_exec(&self, id: String) -> Result<(), ContainerError> {
+        self.ask(|reply| Command::RemoveExec(id, reply)).await
+    }
+
+    /// Where a stream to the host is handed in.
+    pub async fn endpoint(
+        &self,
+        exec: Option<String>,
+        which: Which,
+    ) -> Result<Endpoint, ContainerError> {
+        self.ask(|reply| Command::Endpoint(exec, which, reply))
+            .await
+    }
+
+    /// Its state and its init's number.
+    pub async fn state(&self) -> Result<(State, i32), ContainerError> {
+        self.ask(Command::State).await
+    }
+
+    /// Ends a container that does not run and removes what is its own. Can be repeated after a
+    /// failure.
+    pub async fn remove(&self) -> Result<(), ContainerError> {
+        self.ask(Command::Remove).await
+    }
+}
+
+fn adopt(launched: Launched, ending: Ending) -> Result<(Process, Held), ContainerError> {
+    let process = launched.process.try_clone();
+    Process::adopt(launched, ending).map_err(|source| {
+        if let Ok(process) = process {
+            let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
+        }
+        ContainerError::Internal(format!("cannot watch the process: {source}"))
+    })
+}
+
+enum Phase {
+    Created(Held),
+    Starting,
+    Running,
+}
+
+enum Exec {
+    Starting,
+    There(Process),
+}
+
+struct Owner {
+    id: String,
+    cgroup: Cgroup,
+    image: String,
+    directories: Vec<String>,
+    surroundings: Surroundings,
+    /// To hear of its own tasks; not counted, so that the last user's going ends the owner.
+    commands: mpsc::WeakSender<Command>,
+    phase: Phase,
+    init: Process,
+    execs: HashMap<String, Exec>,
+}
+
+impl Owner {
+    async fn run(mut self, mut incoming: mpsc::Receiver<Command>) {
+        while let Some(command) = incoming.recv().await {
+            match command {
+                Command::Start(reply) => self.start(reply),
+                Command::Started(done, reply) => self.started(done, reply),
+                Command::Signal(target, signal, reply) => {
+                    drop(reply.send(self.signal(&target, signal)));
+                }
+                Command::Wait(exec, reply) => {
+                    drop(reply.send(self.process(exec.as_deref()).map(Process::exit)));
+                }
+                Command::Exec(new, reply) => self.exec(*new, reply),
+                Command::Executed(id, done, reply) => self.executed(id, done, reply),
+                Command::RemoveExec(id, reply) => drop(reply.send(self.remove_exec(&id))),
+                Command::Endpoint(exec, which, reply) => {
+                    drop(reply.send(self.endpoint(exec.as_deref(), which)));
+                }
+                Command::State(reply) => drop(reply.send(Ok((self.state(), self.init.pid)))),
+                Command::Remove(reply) => {
+                    let removed = self.remove().await;
+                    let done = removed.is_ok();
+                    let _ = reply.send(removed);
+                    if done {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn state(&self) -> State {
+        match (&*self.init.exit().borrow(), &self.phase) {
+            (Some(exit), _) => State::Exited(exit.clone()),
+            (None, Phase::Running) => State::Running,
+            (None, _) => State::Created,
+        }
+    }
+
+    fn start(&mut self, reply: Reply<i64>) {
+        let held = match (
+            self.state(),
+            std::mem::replace(&mut self.phase, Phase::Starting),
+        ) {
+            (State::Created, Phase::Created(held)) => held,
+            (_, phase) => {
+                self.phase = phase;
+                let _ = reply.send(Err(self.not("can be started only once")));
+                return;
+            }
+        };
+        let commands = self.commands.clone();
+        tokio::spawn(async move {
+            let done = off(move || held.start()).await;
+            let done = done.unwrap_or(Err(LaunchError::Ended));
+            if let Some(commands) = commands.upgrade() {
+                let _ = commands.send(Command::Started(done, reply)).await;
+            }
+        });
+    }
+
+    fn started(&mut self, done: Result<(), LaunchError>, reply: Reply<i64>) {
+        self.phase = Phase::Running;
+        let _ = reply.send(match done {
+            Ok(()) => Ok(now_nanoseconds()),
+            Err(error) => Err(ContainerError::Start(error)),
+        });
+    }
+
+    fn not(&self, what: &str) -> ContainerError {
+        let state = match self.state() {
+            State::Created => "created",
+            State::Running => "running",
+            State::Exited(_) => "exited",
+        };
+        ContainerError::State(format!("container {} is {state}: it {what}", self.id))
+    }
+
+    fn process(&self, exec: Option<&str>) -> Result<&Process, ContainerError> {
+        let Some(id) = exec else {
+            return Ok(&self.init);
+        };
+        match self.execs.get(id) {
+            Some(Exec::There(process)) => Ok(process),
+            _ => Err(ContainerError::NotFound(format!(
+                "container {} has no exec {id}",
+                self.id
+            ))),
+        }
+    }
+
+    fn signal(&self, target: &Target, signal: i32) -> Result<(), ContainerError> {
+        let failed = |source: std::io::Error| {
+            let id = &self.id;
+            ContainerError::Internal(format!("cannot signal container {id}: {source}"))
+        };
+        match target {
+            Target::All if signal == libc::SIGKILL => Ok(self.cgroup.kill()?),
+            Target::All => self.cgroup.signal(signal).map_err(failed),
+            Target::Init => self.init.signal(signal).map_err(failed),
+            Target::Exec(id) => self.process(Some(id))?.signal(signal).map_err(failed),
+        }
+    }
+
+    fn exec(&mut self, new: NewExec, reply: Reply<i32>) {
+        let NewExec { id, process, stdin } = new;
+        let refused = match self.state() {
+            State::Running if self.execs.contains_key(&id) => {
+                Some(ContainerError::Exists(format!("exec {id} exists")))
+            }
+            State::Running if self.execs.len() >= MOST_EXECS => Some(ContainerError::Exhausted(
+                format!("container {} has {MOST_EXECS} execs", self.id),
+            )),
+            State::Running => None,
+            _ => Some(self.not("must run for an exec")),
+        };
+        if let Some(error) = refused {
+            return drop(reply.send(Err(error)));
+        }
+        self.execs.insert(id.clone(), Exec::Starting);
+        let beside = Beside {
+            process,
+            stdin,
+            init: self.init.descriptor(),
+            cgroup: self.cgroup.clone(),
+            image: self.image.clone(),
+        };
+        let surroundings = self.surroundings.clone();
+        let commands = self.commands.clone();
+        tokio::spawn(async move {
+            let done = execute(beside, surroundings).await;
+            if let Some(commands) = commands.upgrade() {
+                let _ = commands.send(Command::Executed(id, done, reply)).await;
+            }
+        });
+    }
+
+    fn executed(
+        &mut self,
+        id: String,
+        done: Result<(Process, Held), ContainerError>,
+        reply: Reply<i32>,
+    ) {
+        let (process, held) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                self.execs.remove(&id);
+                return drop(reply.send(Err(error)));
+            }
+        };
+        // The exec waits for its own entry here, so that its streams can be opened by the time
+        // the caller hears of it.
+        let pid = process.pid;
+        self.execs.insert(id.clone(), Exec::There(process));
+        let commands = self.commands.clone();
+        tokio::spawn(async move {
+            let started = match off(move || held.start()).await {
+                Ok(Ok(())) => Ok(pid),
+                Ok(Err(error)) => Err(ContainerError::Start(error)),
+                Err(error) => Err(error),
+            };
+            // One that never ran is not kept for its exit.
+            if let (Err(_), Some(commands)) = (&started, commands.upgrade()) {
+                let (ignored, _) = oneshot::channel();
+                let _ = commands.send(Command::RemoveExec(id, ignored)).await;
+            }
+            let _ = reply.send(started);
+        });
+    }
+
+    fn remove_exec(&mut self, id: &str) -> Result<(), ContainerError> {
+        match self.execs.get(id) {
+            Some(Exec::Starting) => Err(ContainerError::State(format!(
+                "exec {id} is being started: it cannot be removed yet"
+            ))),
+            Some(Exec::There(process)) => {
+                if process.exit().borrow().is_none() {
+                    process.kill_group();
+                }
+                self.execs.remove(id);
+                Ok(())
+            }
+            None => Err(ContainerError::NotFound(format!("no exec {id}"))),
+        }
+    }
+
+    fn endpoint(&self, exec: Option<&str>, which: Which) -> Result<Endpoint, ContainerError> {
+        self.process(exec)?
+            .endpoint(which)
+            .ok_or_else(|| ContainerError::State("the process was made without stdin".into()))
+    }
+
+    async fn remove(&mut self) -> Result<(), ContainerError> {
+        match (self.state(), &self.phase) {
+            (State::Running, _) | (State::Created, Phase::Starting) => {
+                return Err(self.not("must end before it is removed"));
+            }
+            _ => {}
+        }
+        self.cgroup.kill()?;
+        process::emptied(&self.cgroup).await;
+        self.execs.clear();
+        let cgroup = self.cgroup.clone();
+        let directories = self.directories.clone();
+        off(move || remove(&cgroup, &directories)).await?
+    }
+}
+
+/// An exec and what it needs of its container.
+struct Beside {
+    process: spec::Process,
+    stdin: bool,
+    init: Arc<OwnedFd>,
+    cgroup: Cgroup,
+    image: String,
+}
+
+async fn execute(
+    beside: Beside,
+    surroundings: Surroundings,
+) -> Result<(Process, Held), ContainerError> {
+    let since = surroundings.reaper.now();
+    let cgroup = beside.cgroup.clone();
+    let launched = off(move || -> Result<Launched, ContainerError> {
+        let mut process = beside.process;
+        user::resolve(&mut process.user, &beside.image)?;
+        let plan = plan::exec(&process, &beside.cgroup.path())?;
+        Ok(launch::launch(
+            &plan,
+            Some(beside.init.as_fd()),
+            beside.stdin,
+        )?)
+    })
+    .await??;
+    let ending = Ending {
+        code: surroundings.reaper.exit(launched.pid, since),
+        cgroup,
+        last: false,
+        attended: surroundings.attended,
+    };
+    adopt(launched, ending)
+}
+
+/// Removes a container's group and directories; what is already gone is no error.
+pub fn remove(cgroup: &Cgroup, directories: &[String]) -> Result<(), ContainerError> {
+    cgroup.remove()?;
+    for directory in directories {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(ContainerError::Internal(format!(
+                    "cannot remove {directory}: {error}"
+                )));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,487 @@
+//! What the stage is to do, worked out of the specification before anything is done.
+
+use serde::{Deserialize, Serialize};
+
+use crate::container::capability;
+use crate::container::option::{self, MountOptions};
+use crate::container::spec::{Mount, Process, Spec};
+
+/// Most mounts, masked and read-only paths of a container.
+const MOST_PATHS: usize = 1024;
+/// Most bytes of arguments and environment: the kernel's own limit is near 2 MiB.
+const MOST_STRING_BYTES: usize = 1 << 20;
+
+/// Why a specification is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// Not JSON, or not of the right shape.
+    #[error("the OCI specification cannot be read: {0}")]
+    Malformed(String),
+    /// A value that makes no sense.
+    #[error("{field}: {what}")]
+    Invalid {
+        /// The field, as in the specification.
+        field: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A field this agent does not carry out.
+    #[error("{field} is not supported: {why}")]
+    Refused {
+        /// The field, as in the specification.
+        field: &'static str,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+/// Everything the stage needs to know.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The container's cgroup, a directory of the agent's.
+    pub cgroup: String,
+    /// Where the process is to live.
+    pub place: Place,
+    /// What to become.
+    pub program: Program,
+}
+
+/// Where a process is to live.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// In namespaces and a file tree of its own. With `shared_pids` the PID namespace is that of
+    /// a descriptor sent along.
+    New {
+        /// Whether to join the pod's PID namespace.
+        shared_pids: bool,
+        /// The file tree.
+        tree: Box<Tree>,
+    },
+    /// In those of the process whose pidfd is sent along.
+    Beside,
+}
+
+/// A container's file tree.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tree {
+    /// The image's directory in the guest.
+    pub lower: String,
+    /// The container's own changes, with `upper` and `work` in it.
+    pub scratch: String,
+    /// Whether the root cannot be written.
+    pub read_only: bool,
+    /// In order.
+    pub mounts: Vec<Mounting>,
+    /// Hidden paths.
+    pub masked: Vec<String>,
+    /// Paths that cannot be written.
+    pub frozen: Vec<String>,
+}
+
+/// One mount.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mounting {
+    /// Absolute path in the container.
+    pub target: String,
+    /// What.
+    pub source: Source,
+    /// How.
+    pub options: MountOptions,
+}
+
+/// What is mounted.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// A new file system.
+    FileSystem {
+        /// Its name in the kernel.
+        kind: String,
+        /// Its source, which most ignore.
+        source: String,
+    },
+    /// A path of the guest.
+    Bind {
+        /// Absolute.
+        path: String,
+        /// With the mounts below it.
+        recursive: bool,
+    },
+    /// A small /dev with the devices every container has.
+    Devices,
+}
+
+/// What the process becomes.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// The program and its arguments.
+    pub arguments: Vec<String>,
+    /// `NAME=value`.
+    pub environment: Vec<String>,
+    /// Absolute path in the container.
+    pub directory: String,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Permission bits new files do not get.
+    pub umask: u32,
+    /// Capability sets.
+    pub capabilities: capability::Sets,
+    /// (resource number of getrlimit(2), soft, hard).
+    pub limits: Vec<(u32, u64, u64)>,
+    /// Whether exec may not gain privileges.
+    pub no_new_privileges: bool,
+    /// For the OOM killer.
+    pub oom_score_adj: i32,
+}
+
+/// Where things of one container lie in the guest.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The container's cgroup.
+    pub cgroup: String,
+    /// The image, mounted.
+    pub image: String,
+    /// The container's part of the scratch disk.
+    pub scratch: String,
+    /// Files made for this container: (path in the container, path in the guest, read-only).
+    pub files: Vec<(String, String, bool)>,
+    /// Whether the pod shares one PID namespace.
+    pub shared_pids: bool,
+}
+
+fn invalid(field: impl Into<String>, what: impl Into<String>) -> PlanError {
+    PlanError::Invalid {
+        field: field.into(),
+        what: what.into(),
+    }
+}
+
+/// Reads a specification.
+pub fn read_spec(json: &[u8]) -> Result<Spec, PlanError> {
+    serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
+}
+
+/// Reads a specification's `process`.
+pub fn read_process(json: &[u8]) -> Result<Process, PlanError> {
+    serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
+}
+
+/// Plans a container.
+pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
+    refuse(spec)?;
+    let process = spec
+        .process
+        .as_ref()
+        .ok_or_else(|| invalid("process", "is missing"))?;
+    let linux = spec.linux.as_ref();
+    let masked = linux
+        .map(|linux| linux.masked_paths.clone())
+        .unwrap_or_default();
+    let frozen = linux
+        .map(|linux| linux.readonly_paths.clone())
+        .unwrap_or_default();
+    if spec.mounts.len().max(masked.len()).max(frozen.len()) > MOST_PATHS {
+        return Err(invalid("mounts", format!("more than {MOST_PATHS} paths")));
+    }
+    for path in masked.iter().chain(&frozen) {
+        absolute("linux.maskedPaths and readonlyPaths", path)?;
+    }
+    let mut mounts = spec
+        .mounts
+        .iter()
+        .map(mounting)
+        .collect::<Result<Vec<_>, _>>()?;
+    for (target, path, read_only) in &places.files {
+        absolute("files", target)?;
+        mounts.push(Mounting {
+            target: target.clone(),
+            source: Source::Bind {
+                path: path.clone(),
+                recursive: false,
+            },
+            options: MountOptions::file(*read_only),
+        });
+    }
+    Ok(Plan {
+        cgroup: places.cgroup.clone(),
+        place: Place::New {
+            shared_pids: places.shared_pids,
+            tree: Box::new(Tree {
+                lower: places.image.clone(),
+                scratch: places.scratch.clone(),
+                read_only: spec.root.as_ref().is_some_and(|root| root.readonly),
+                mounts,
+                masked,
+                frozen,
+            }),
+        },
+        program: program(process)?,
+    })
+}
+
+/// Plans a further process of a container.
+pub fn exec(process: &Process, cgroup: &str) -> Result<Plan, PlanError> {
+    Ok(Plan {
+        cgroup: cgroup.to_owned(),
+        place: Place::Beside,
+        program: program(process)?,
+    })
+}
+
+fn refuse(spec: &Spec) -> Result<(), PlanError> {
+    let refused = |field, why| Err(PlanError::Refused { field, why });
+    if spec
+        .hooks
+        .iter()
+        .flatten()
+        .any(|(_, hooks)| hooks.as_array().is_none_or(|h| !h.is_empty()))
+    {
+        return refused("hooks", "programs of the host cannot run in the guest");
+    }
+    let Some(linux) = &spec.linux else {
+        return Ok(());
+    };
+    for namespace in &linux.namespaces {
+        if namespace.path.as_ref().is_some_and(|path| !path.is_empty()) {
+            return refused(
+                "linux.namespaces.path",
+                "a container joins its pod's namespaces only",
+            );
+        }
+        if matches!(namespace.kind.as_str(), "user" | "time") {
+            return refused("linux.namespaces", "user and time namespaces are not made");
+        }
+    }
+    if !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty() {
+        return refused("linux.uidMappings", "user namespaces are not made");
+    }
+    if !linux.devices.is_empty() {
+        return refused("linux.devices", "only the default devices are made");
+    }
+    if !linux.sysctl.is_empty() {
+        return refused("linux.sysctl", "sysctls belong to the pod, see Prepare");
+    }
+    if linux.seccomp.is_some() {
+        return refused("linux.seccomp", "profiles are not applied");
+    }
+    Ok(())
+}
+
+fn absolute(field: &str, path: &str) -> Result<(), PlanError> {
+    if path.starts_with('/') && path.len() < 4096 && !path.contains('\0') {
+        Ok(())
+    } else {
+        Err(invalid(field, format!("{path:?} is not an absolute path")))
+    }
+}
+
+fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
+    let field = format!("mounts {}", mount.destination);
+    absolute("mounts.destination", &mount.destination)?;
+    let options = option::parse(&mount.options).map_err(|what| invalid(&field, what))?;
+    let target = mount.destination.trim_end_matches('/').to_owned();
+    if target.is_empty() {
+        return Err(invalid(field, "the root itself cannot be mounted over"));
+    }
+    let kind = mount.kind.as_deref().unwrap_or_default();
+    let source = mount.source.as_deref().unwrap_or_default();
+    let source = match (target.as_str(), kind) {
+        ("/dev", "tmpfs") => Source::Devices,
+        // The pod has one, of the size the pod asks for.
+        ("/dev/shm", "tmpfs") => Source::Bind {
+            path: "/dev/shm".into(),
+            recursive: false,
+        },
+        (_, "cgroup" | "cgroup2") => Source::FileSystem {
+            kind: "cgroup2".into(),
+            source: "cgroup".into(),
+        },
+        (_, "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue") => Source::FileSystem {
+            kind: kind.into(),
+            source: if source.is_empty() { kind } else { source }.into(),
+        },
+        _ if kind == "bind" || kind == "none" || options.bind.is_some() => {
+            absolute(&format!("{field}: source"), source)?;
+            Source::Bind {
+                path: source.into(),
+                recursive: options.bind.unwrap_or(true),
+            }
+        }
+        _ => {
+            let what = format!("file system {kind:?} is not mounted in containers");
+            return Err(invalid(field, what));
+        }
+    };
+    // The size of the shared /dev/shm and the mode of a bind's source are not the mount's.
+    let options = match source {
+        Source::Bind { .. } => options.without_data(),
+        _ => options,
+    };
+    Ok(Mounting {
+        target,
+        source,
+        options,
+    })
+}
+
+fn program(process: &Process) -> Result<Program, PlanError> {
+    if process.terminal {
+        return Err(PlanError::Refused {
+            field: "process.terminal",
+            why: "terminals are not made",
+        });
+    }
+    if process.args.first().is_none_or(String::is_empty) {
+        return Err(invalid("process.args", "names no program"));
+    }
+    let strings = || process.args.iter().chain(&process.env);
+    if strings().any(|string| string.contains('\0')) {
+        return Err(invalid("process", "a NUL byte in an argument or variable"));
+    }
+    if strings().map(String::len).sum::<usize>() > MOST_STRING_BYTES {
+        return Err(invalid(
+            "process",
+            "arguments and environment are longer than 1 MiB",
+        ));
+    }
+    let directory = match process.cwd.as_str() {
+        "" => "/",
+        cwd => cwd,
+    };
+    absolute("process.cwd", directory)?;
+    let limits = process
+        .rlimits
+        .iter()
+        .map(|limit| {
+            let kind = option::resource(&limit.kind).ok_or_else(|| {
+                invalid("process.rlimits", format!("{:?} is unknown", limit.kind))
+            })?;
+            if limit.soft > limit.hard {
+                return Err(invalid(
+                    "process.rlimits",
+                    format!("{}: soft above hard", limit.kind),
+                ));
+            }
+            Ok((kind, limit.soft, limit.hard))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let sets = process.capabilities.clone().unwrap_or_default();
+    Ok(Program {
+        arguments: process.args.clone(),
+        environment: process.env.clone(),
+        directory: directory.to_owned(),
+        uid: process.user.uid,
+        gid: process.user.gid,
+        groups: process.user.additional_gids.clone(),
+        umask: process.user.umask.unwrap_or(0o022) & 0o777,
+        capabilities: capability::sets(&sets)
+            .map_err(|name| invalid("process.capabilities", format!("{name:?} is unknown")))?,
+        limits,
+        no_new_privileges: process.no_new_privileges,
+        oom_score_adj: process.oom_score_adj.unwrap_or(0).clamp(-1000, 1000),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn places() -> Places {
+        Places {
+            cgroup: "/cgroup".into(),
+            image: "/image".into(),
+            scratch: "/scratch".into(),
+            files: vec![("/etc/hosts".into(), "/files/0".into(), true)],
+            shared_pids: false,
+        }
+    }
+
+    fn planned(spec: &Value) -> Result<Plan, PlanError> {
+        container(&read_spec(spec.to_string().as_bytes())?, &places())
+    }
+
+    /// What a widely used library takes for a container's specification.
+    fn usual() -> Value {
+        serde_json::to_value(oci_spec::runtime::Spec::default()).unwrap()
+    }
+
+    #[test]
+    fn the_usual_specification_is_carried_out() {
+        let plan = planned(&usual()).unwrap();
+        assert_eq!(plan.program.arguments, ["sh"]);
+        assert_eq!(
+            plan.program.capabilities.bounding,
+            1 << 29 | 1 << 5 | 1 << 10
+        );
+        assert_eq!(plan.program.limits, [(libc::RLIMIT_NOFILE, 1024, 1024)]);
+        let Place::New { tree, .. } = plan.place else {
+            unreachable!()
+        };
+        assert!(tree.read_only && tree.masked.contains(&"/proc/kcore".to_owned()));
+        let of = |target: &str| {
+            let at = tree.mounts.iter().position(|mount| mount.target == target);
+            &tree.mounts[at.unwrap()].source
+        };
+        assert_eq!(*of("/dev"), Source::Devices);
+        let shared = Source::Bind {
+            path: "/dev/shm".into(),
+            recursive: false,
+        };
+        assert_eq!(*of("/dev/shm"), shared);
+        assert!(matches!(of("/etc/hosts"), Source::Bind { .. }));
+    }
+
+    #[test]
+    fn what_is_not_carried_out_is_refused_by_its_name() {
+        for (path, value) in [
+            ("/hooks", json!({"poststop": [{"path": "/bin/x"}]})),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ERRNO"})),
+            ("/linux/devices", json!([{"path": "/dev/x", "type": "c"}])),
+            ("/linux/sysctl", json!({"kernel.msgmax": "1"})),
+            ("/linux/uidMappings", json!([{"size": 1}])),
+            ("/process/terminal", json!(true)),
+        ] {
+            let mut spec = usual();
+            let (parent, name) = path.rsplit_once('/').unwrap();
+            spec.pointer_mut(parent).unwrap()[name] = value;
+            let refused = planned(&spec).unwrap_err().to_string();
+            let name = path.trim_start_matches('/').replace('/', ".");
+            assert!(refused.starts_with(&name), "{refused}");
+        }
+    }
+
+    #[test]
+    fn values_without_sense_are_named() {
+        for (path, value) in [
+            ("/process/args", json!([])),
+            ("/process/cwd", json!("relative")),
+            ("/process/env", json!(["A=\u{0}"])),
+            ("/process/capabilities/bounding", json!(["CAP_FLY"])),
+            (
+                "/process/rlimits",
+                json!([{"type": "RLIMIT_FUN", "soft": 1, "hard": 1}]),
+            ),
+            ("/mounts", json!([{"destination": "/", "type": "tmpfs"}])),
+            ("/mounts", json!([{"destination": "/a", "type": "nfs"}])),
+            (
+                "/mounts",
+                json!([{"destination": "/a", "type": "bind", "source": "b"}]),
+            ),
+        ] {
+            let mut spec = usual();
+            let (parent, name) = path.rsplit_once('/').unwrap();
+            spec.pointer_mut(parent).unwrap()[name] = value;
+            let field = path.split('/').nth(1).unwrap();
+            match planned(&spec) {
+                Err(PlanError::Invalid { field: named, .. }) => {
+                    assert!(named.starts_with(field), "{path}: {named}");
+                }
+                other => panic!("{path}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! A container's file tree: the image below, its own changes above, mounts, and what it may not
+//! see or write. All of it is made in the container's own mount namespace, so that nothing of it
+//! is left when the last process ends.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::mount::UnmountFlags;
+
+use crate::container::plan::{Mounting, Source, Tree};
+use crate::mount::{self, Attributes, Missing, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY, Root};
+
+/// Why a tree cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what}: {source}")]
+pub struct TreeError {
+    what: String,
+    source: io::Error,
+}
+
+fn cannot<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> TreeError {
+    let what = what.into();
+    move |source| TreeError {
+        what,
+        source: source.into(),
+    }
+}
+
+/// Where the tree is put together in the new mount namespace.
+const PLACE: &str = "/run/bulkhead/root";
+
+/// Devices of every container, config-linux.md "Default Devices".
+const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+
+/// (name, target) of the links every /dev has.
+const LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+
+/// Makes the tree and makes it this process's root.
+pub fn enter(tree: &Tree, directory: &str) -> Result<(), TreeError> {
+    mount::make_private().map_err(cannot("leave the guest's mounts"))?;
+    let overlay = overlay(tree)?;
+    // The devices' nodes must be reachable until they are bound, so the old root stays until the
+    // tree is done.
+    fs::create_dir_all(PLACE).map_err(cannot("make the root's mount point"))?;
+    let place = rustix::fs::open(PLACE, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(cannot("open the root's mount point"))?;
+    mount::attach(overlay.as_fd(), place.as_fd()).map_err(cannot("mount the root"))?;
+    let root = rustix::fs::open(PLACE, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(cannot("open the root"))?;
+    let root = Root::new(root);
+    for mounting in &tree.mounts {
+        place_mount(&root, mounting).map_err(cannot(format!("mount {}", mounting.target)))?;
+    }
+    for path in &tree.frozen {
+        freeze(&root, path).map_err(cannot(format!("make {path} read-only")))?;
+    }
+    for path in &tree.masked {
+        mask(&root, path).map_err(cannot(format!("mask {path}")))?;
+    }
+    root.find_or_make(directory, Missing::Directory)
+        .map_err(cannot(format!("make the working directory {directory}")))?;
+    if tree.read_only {
+        let read_only = Attributes {
+            set: READ_ONLY,
+            clear: 0,
+        };
+        mount::change(root.directory(), read_only, false)
+            .map_err(cannot("make the root read-only"))?;
+    }
+    pivot(&root).map_err(cannot("change the root"))
+}
+
+fn overlay(tree: &Tree) -> Result<OwnedFd, TreeError> {
+    for name in ["upper", "work"] {
+        let path = format!("{}/{name}", tree.scratch);
+        fs::create_dir_all(&path).map_err(cannot(format!("make {path}")))?;
+    }
+    // The root directory itself looks as the image's.
+    let upper = format!("{}/upper", tree.scratch);
+    copy_owner(Path::new(&tree.lower), Path::new(&upper))
+        .map_err(cannot(format!("take the owner of {}", tree.lower)))?;
+    let options = [
+        format!("lowerdir={}", tree.lower),
+        format!("upperdir={upper}"),
+        format!("workdir={}/work", tree.scratch),
+    ];
+    mount::file_system("overlay", Some("overlay"), &options, NO_DEV)
+        .map_err(cannot("lay the container's changes over its image"))
+}
+
+fn copy_owner(from: &Path, to: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = fs::metadata(from)?;
+    std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(to, metadata.permissions())
+}
+
+fn place_mount(root: &Root, mounting: &Mounting) -> io::Result<()> {
+    let options = &mounting.options;
+    match &mounting.source {
+        Source::Devices => devices(root, mounting),
+        Source::FileSystem { kind, source } => {
+            let target = root.find_or_make(&mounting.target, Missing::Directory)?;
+            let made = mount::file_system(kind, Some(source), &options.data, 0)?;
+            mount::change(made.as_fd(), options.attributes, false)?;
+            mount::attach(made.as_fd(), target.as_fd())
+        }
+        Source::Bind { path, recursive } => {
+            let kind = if fs::metadata(path)?.is_dir() {
+                Missing::Directory
+            } else {
+                Missing::File
+            };
+            let target = root.find_or_make(&mounting.target, kind)?;
+            let copy = mount::bind(path, *recursive)?;
+            mount::change(copy.as_fd(), options.recursive, true)?;
+            mount::change(copy.as_fd(), options.attributes, false)?;
+            mount::attach(copy.as_fd(), target.as_fd())
+        }
+    }
+}
+
+/// A /dev on which nobody can open nodes but the few that are bound into it.
+fn devices(root: &Root, mounting: &Mounting) -> io::Result<()> {
+    let target = root.find_or_make(&mounting.target, Missing::Directory)?;
+    let made = mount::file_system("tmpfs", Some("tmpfs"), &mounting.options.data, 0)?;
+    let mut attributes = mounting.options.attributes;
+    attributes.set |= NO_DEV | NO_SUID;
+    // A read-only /dev is made so after it is filled.
+    let read_only = attributes.set & READ_ONLY;
+    attributes.set &= !READ_ONLY;
+    mount::change(made.as_fd(), attributes, false)?;
+    mount::attach(made.as_fd(), target.as_fd())?;
+    let inside = Root::new(root.find(&mounting.target)?);
+    for name in DEVICES {
+        let node = inside.find_or_make(name, Missing::File)?;
+        let copy = mount::bind(&format!("/dev/{name}"), false)?;
+        let quiet = Attributes {
+            set: NO_EXEC | NO_SUID,
+            clear: 0,
+        };
+        mount::change(copy.as_fd(), quiet, false)?;
+        mount::attach(copy.as_fd(), node.as_fd())?;
+    }
+    for (name, target) in LINKS {
+        rustix::fs::symlinkat(target, inside.directory(), name)?;
+    }
+    for name in ["pts", "shm", "mqueue"] {
+        inside.find_or_make(name, Missing::Directory)?;
+    }
+    let frozen = Attributes {
+        set: read_only,
+        clear: 0,
+    };
+    mount::change(inside.directory(), frozen, false)
+}
+
+/// config-linux.md "Readonly Paths". What is not there needs no protection.
+fn freeze(root: &Root, path: &str) -> io::Result<()> {
+    let target = match root.find(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let copy = mount::bind_descriptor(target.as_fd(), true)?;
+    let read_only = Attributes {
+        set: READ_ONLY,
+        clear: 0,
+    };
+    mount::change(copy.as_fd(), read_only, true)?;
+    mount::attach(copy.as_fd(), target.as_fd())
+}
+
+/// config-linux.md "Masked Paths": an empty directory over a directory, /dev/null over the rest.
+fn mask(root: &Root, path: &str) -> io::Result<()> {
+    let target = match root.find(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode);
+    let cover = if kind == FileType::Directory {
+        let options = [
+            "size=0".to_owned(),
+            "nr_inodes=2".to_owned(),
+            "mode=0555".to_owned(),
+        ];
+        mount::file_system(
+            "tmpfs",
+            None,
+            &options,
+            NO_DEV | NO_SUID | NO_EXEC | READ_ONLY,
+        )?
+    } else {
+        mount::bind("/dev/null", false)?
+    };
+    mount::attach(cover.as_fd(), target.as_fd())
+}
+
+/// pivot_root(2) with the old root stacked on the new one for a moment, which needs no directory
+/// in the image.
+fn pivot(root: &Root) -> io::Result<()> {
+    rustix::process::fchdir(root.directory())?;
+    rustix::process::pivot_root(".", ".")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+/// Leaves for an empty root, in a mount namespace of the caller's own.
+pub fn leave() -> Result<(), TreeError> {
+    mount::make_private().map_err(cannot("leave the guest's mounts"))?;
+    let options = [
+        "size=0".to_owned(),
+        "nr_inodes=2".to_owned(),
+        "mode=0555".to_owned(),
+    ];
+    let attributes = NO_DEV | NO_SUID | NO_EXEC | READ_ONLY;
+    fs::create_dir_all(PLACE).map_err(cannot("make the root's mount point"))?;
+    mount::file_system_at(PLACE, "tmpfs", None, &options, attributes)
+        .map_err(cannot("mount an empty root"))?;
+    let root = rustix::fs::open(PLACE, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(cannot("open the root"))?;
+    pivot(&Root::new(root)).map_err(cannot("change the root"))
+}

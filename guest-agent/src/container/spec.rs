@@ -1,0 +1,248 @@
+//! The parts of an OCI runtime specification (1.2, config.md and config-linux.md) that the agent
+//! acts on, and by name those it refuses. Fields unknown here are ignored, as the
+//! specification's "Extensibility" asks.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+/// config.md.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Spec {
+    /// The first process.
+    pub process: Option<Process>,
+    /// Only `readonly` counts.
+    pub root: Option<Root>,
+    /// In the order in which they are made.
+    pub mounts: Vec<Mount>,
+    /// Refused when it holds anything.
+    pub hooks: Option<BTreeMap<String, serde_json::Value>>,
+    /// config-linux.md.
+    pub linux: Option<Linux>,
+}
+
+/// The root file system, which the request names by other means.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Root {
+    /// Whether the container may not write to it.
+    pub readonly: bool,
+}
+
+/// A mount.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Mount {
+    /// Absolute path in the container.
+    pub destination: String,
+    /// File system, or `bind`.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// Device, or the guest's path to bind.
+    pub source: Option<String>,
+    /// mount(8)-like.
+    pub options: Vec<String>,
+}
+
+/// A process.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Process {
+    /// Refused.
+    pub terminal: bool,
+    /// By number.
+    pub user: User,
+    /// At least the program.
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    /// Absolute path in the container.
+    pub cwd: String,
+    /// Absent: none.
+    pub capabilities: Option<Capabilities>,
+    /// Limits.
+    pub rlimits: Vec<Rlimit>,
+    /// Whether exec may not gain privileges.
+    pub no_new_privileges: bool,
+    /// -1000 to 1000.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// A user.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Permission bits new files do not get.
+    pub umask: Option<u32>,
+    /// Supplementary groups.
+    pub additional_gids: Vec<u32>,
+    /// `user[:group]`, names or numbers; goes before the numbers above and is looked up in the
+    /// image.
+    pub username: Option<String>,
+}
+
+/// Capability sets, names as in capabilities(7).
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Capabilities {
+    /// The most a process can get.
+    pub bounding: Vec<String>,
+    /// In effect.
+    pub effective: Vec<String>,
+    /// Kept by exec of a file that inherits.
+    pub inheritable: Vec<String>,
+    /// What effective may hold.
+    pub permitted: Vec<String>,
+    /// Kept by exec of any file.
+    pub ambient: Vec<String>,
+}
+
+/// A limit of getrlimit(2).
+#[derive(Debug, Clone, Deserialize)]
+pub struct Rlimit {
+    /// Such as `RLIMIT_NOFILE`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The ceiling.
+    pub hard: u64,
+    /// In effect.
+    pub soft: u64,
+}
+
+/// config-linux.md.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Linux {
+    /// Only checked, see `ARCHITECTURE.md`.
+    pub namespaces: Vec<Namespace>,
+    /// Limits.
+    pub resources: Option<Resources>,
+    /// Refused when it holds anything.
+    pub devices: Vec<serde_json::Value>,
+    /// Refused when it holds anything: a pod's sysctls come with Prepare.
+    pub sysctl: BTreeMap<String, String>,
+    /// Refused when it holds anything.
+    pub uid_mappings: Vec<serde_json::Value>,
+    /// Refused when it holds anything.
+    pub gid_mappings: Vec<serde_json::Value>,
+    /// Refused unless null.
+    pub seccomp: Option<serde_json::Value>,
+    /// Hidden paths.
+    pub masked_paths: Vec<String>,
+    /// Paths that cannot be written.
+    pub readonly_paths: Vec<String>,
+}
+
+/// A namespace.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Namespace {
+    /// Such as `pid`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Refused.
+    #[serde(default)]
+    pub path: Option<String>,
+}
+
+/// Limits of the container's cgroup.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Resources {
+    /// Processor time.
+    pub cpu: Option<Cpu>,
+    /// Memory.
+    pub memory: Option<Memory>,
+    /// Tasks.
+    pub pids: Option<Pids>,
+    /// Disk input and output.
+    #[serde(rename = "blockIO")]
+    pub block_io: Option<BlockIo>,
+    /// Huge pages.
+    pub hugepage_limits: Vec<HugepageLimit>,
+    /// Files of cgroup v2 as they are.
+    pub unified: BTreeMap<String, String>,
+}
+
+/// Processor time, in the terms of cgroup v1 that the specification keeps.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Cpu {
+    /// 2 to 262144.
+    pub shares: Option<u64>,
+    /// Microseconds in each period; not positive: no limit.
+    pub quota: Option<i64>,
+    /// Microseconds.
+    pub period: Option<u64>,
+    /// Microseconds.
+    pub burst: Option<u64>,
+    /// 1: SCHED_IDLE.
+    pub idle: Option<i64>,
+    /// A list such as `0-2,5`.
+    pub cpus: Option<String>,
+    /// As `cpus`, of memory nodes.
+    pub mems: Option<String>,
+}
+
+/// Memory, in bytes; -1: no limit.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// The most.
+    pub limit: Option<i64>,
+    /// What is kept from reclaim.
+    pub reservation: Option<i64>,
+    /// Memory and swap together.
+    pub swap: Option<i64>,
+}
+
+/// Tasks.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Pids {
+    /// The most; not positive: no limit.
+    pub limit: Option<i64>,
+}
+
+/// Disk input and output.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BlockIo {
+    /// 10 to 1000.
+    pub weight: Option<u16>,
+    /// Bytes a second.
+    pub throttle_read_bps_device: Vec<Throttle>,
+    /// Bytes a second.
+    pub throttle_write_bps_device: Vec<Throttle>,
+    /// Operations a second.
+    #[serde(rename = "throttleReadIOPSDevice")]
+    pub throttle_read_iops_device: Vec<Throttle>,
+    /// Operations a second.
+    #[serde(rename = "throttleWriteIOPSDevice")]
+    pub throttle_write_iops_device: Vec<Throttle>,
+}
+
+/// A rate of one device.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct Throttle {
+    /// Its major number.
+    pub major: u32,
+    /// Its minor number.
+    pub minor: u32,
+    /// The rate.
+    pub rate: u64,
+}
+
+/// Huge pages of one size.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HugepageLimit {
+    /// Such as `2MB`.
+    pub page_size: String,
+    /// Bytes.
+    pub limit: u64,
+}

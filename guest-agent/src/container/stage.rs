@@ -1,0 +1,366 @@
+//! The agent called anew, to become a process of a container.
+//!
+//! A process of a container is not forked off the agent, which has threads, but is a new call of
+//! its program with one thread. In order:
+//! 1. receive the plan; join the cgroup; join or make the PID namespace;
+//! 2. fork: the first process tells the child's number and ends, so that the child falls to
+//!    PID 1, which is the agent;
+//! 3. the child makes or joins the other namespaces, makes the root, takes on user, limits and
+//!    capabilities, says that it is ready and waits;
+//! 4. it execs the program when told to; a failure is told, a success closes the socket.
+
+use std::ffi::CString;
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ExitCode;
+
+use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
+
+use crate::container::message::{self, Message};
+use crate::container::plan::{Place, Plan, Program};
+use crate::container::{capability, rootfs, seccomp};
+use crate::sys;
+
+/// Why a process does not come to be, as a sentence.
+#[derive(Debug, thiserror::Error)]
+enum StageError {
+    #[error("cannot {what}: {source}")]
+    Step { what: String, source: io::Error },
+    #[error(transparent)]
+    Tree(#[from] rootfs::TreeError),
+    #[error("{0}")]
+    Program(String),
+    #[error("the agent is gone")]
+    Alone,
+}
+
+fn step<T, E: Into<io::Error>>(what: &str, done: Result<T, E>) -> Result<T, StageError> {
+    done.map_err(|source| StageError::Step {
+        what: what.to_owned(),
+        source: source.into(),
+    })
+}
+
+/// Exit status of a process whose program never ran.
+const NEVER_RAN: u8 = 128;
+
+/// The stage's `main`. Standard input is the socket to the agent.
+pub fn main() -> ExitCode {
+    let Ok(socket) = io::stdin().as_fd().try_clone_to_owned() else {
+        return ExitCode::FAILURE;
+    };
+    if let Err(error) = run(socket.as_fd()) {
+        let failed = Message::Failed(error.to_string());
+        let _ = message::send(socket.as_fd(), &failed, &[]);
+        return ExitCode::from(NEVER_RAN);
+    }
+    ExitCode::SUCCESS
+}
+
+/// Descriptors that come with the plan.
+struct Given {
+    plan: Plan,
+    stdio: [OwnedFd; 3],
+    /// A PID namespace or a process to join.
+    other: Option<OwnedFd>,
+}
+
+fn run(socket: BorrowedFd<'_>) -> Result<(), StageError> {
+    // Nobody who shares the PID namespace may look into this process before its exec.
+    step(
+        "hide the process's memory",
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
+    let given = receive(socket)?;
+    let program = &given.plan.program;
+    step(
+        "set oom_score_adj",
+        fs::write(
+            "/proc/self/oom_score_adj",
+            program.oom_score_adj.to_string(),
+        ),
+    )?;
+    let procs = format!("{}/cgroup.procs", given.plan.cgroup);
+    step("join the container's cgroup", fs::write(procs, "0"))?;
+    let other = given.other.as_ref().map(AsFd::as_fd);
+    match (&given.plan.place, other) {
+        (
+            Place::New {
+                shared_pids: false, ..
+            },
+            _,
+        ) => {
+            step("make a PID namespace", sys::unshare(libc::CLONE_NEWPID))?;
+        }
+        (Place::New { .. }, Some(namespace)) => {
+            step(
+                "join the pod's PID namespace",
+                sys::enter(namespace, libc::CLONE_NEWPID),
+            )?;
+        }
+        (Place::Beside, Some(process)) => {
+            let all = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWCGROUP;
+            step("join the container's namespaces", sys::enter(process, all))?;
+        }
+        (_, None) => return Err(StageError::Program("a descriptor is missing".into())),
+    }
+    if step("fork", message::fork_and_tell(socket))? {
+        become_process(socket, given)?;
+    }
+    Ok(())
+}
+
+fn receive(socket: BorrowedFd<'_>) -> Result<Given, StageError> {
+    let (message, descriptors) =
+        step("receive the plan", message::receive(socket))?.ok_or(StageError::Alone)?;
+    let mut descriptors = descriptors.into_iter();
+    let mut next = || {
+        descriptors
+            .next()
+            .ok_or_else(|| StageError::Program("a descriptor is missing".into()))
+    };
+    if message != Message::Plan {
+        return Err(StageError::Program("the agent sent no plan".into()));
+    }
+    let mut json = Vec::new();
+    step(
+        "read the plan",
+        fs::File::from(next()?).read_to_end(&mut json),
+    )?;
+    let plan = step(
+        "read the plan",
+        serde_json::from_slice(&json).map_err(io::Error::from),
+    )?;
+    Ok(Given {
+        plan,
+        stdio: [next()?, next()?, next()?],
+        other: descriptors.next(),
+    })
+}
+
+fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError> {
+    let Given { plan, stdio, other } = given;
+    let program = &plan.program;
+    drop(other);
+    step("begin a session", rustix::process::setsid())?;
+    if let Place::New { tree, .. } = &plan.place {
+        let own = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP;
+        step("make namespaces", sys::unshare(own))?;
+        rootfs::enter(tree, &program.directory)?;
+    }
+    enter_directory(&program.directory)?;
+    take_stdio(stdio, program)?;
+    for (resource, soft, hard) in &program.limits {
+        limit(*resource, *soft, *hard)?;
+    }
+    let home = home_of(program.uid);
+    take_user(program)?;
+    step(
+        "send that it is ready",
+        message::send(socket, &Message::Ready, &[]),
+    )?;
+    match step("wait for the start", message::receive(socket))? {
+        Some((Message::Go, _)) => {}
+        _ => return Err(StageError::Alone),
+    }
+    // The socket is one of these: that it closes is how the agent learns of success.
+    step("mark descriptors", sys::close_on_exec_from(3))?;
+    sys::reset_signals();
+    Err(StageError::Program(execute(program, home)))
+}
+
+/// A directory outside the root (reached through a descriptor left open, say) is refused:
+/// getcwd(2) shows such a one with a prefix.
+fn enter_directory(directory: &str) -> Result<(), StageError> {
+    let what = format!("enter the working directory {directory}");
+    step(&what, rustix::process::chdir(directory))?;
+    let here = step(&what, rustix::process::getcwd(Vec::new()))?;
+    if here.as_bytes().first() != Some(&b'/') {
+        return Err(StageError::Program(format!(
+            "the working directory {directory} lies outside the container's root"
+        )));
+    }
+    Ok(())
+}
+
+/// The pipes become the user's own, so that it can open /dev/stdout again.
+fn take_stdio(stdio: [OwnedFd; 3], program: &Program) -> Result<(), StageError> {
+    let [stdin, stdout, stderr] = stdio;
+    let owner = Some(Uid::from_raw(program.uid));
+    for pipe in [&stdin, &stdout, &stderr] {
+        let kind = step("look at stdio", rustix::fs::fstat(pipe))?.st_mode;
+        if rustix::fs::FileType::from_raw_mode(kind) == rustix::fs::FileType::Fifo {
+            let given = rustix::fs::fchown(pipe, owner, Some(Gid::from_raw(program.gid)));
+            step("give stdio to the user", given)?;
+        }
+    }
+    step("set stdin", rustix::stdio::dup2_stdin(&stdin))?;
+    step("set stdout", rustix::stdio::dup2_stdout(&stdout))?;
+    step("set stderr", rustix::stdio::dup2_stderr(&stderr))
+}
+
+fn limit(resource: u32, soft: u64, hard: u64) -> Result<(), StageError> {
+    const ALL: [Resource; 16] = [
+        Resource::Cpu,
+        Resource::Fsize,
+        Resource::Data,
+        Resource::Stack,
+        Resource::Core,
+        Resource::Rss,
+        Resource::Nproc,
+        Resource::Nofile,
+        Resource::Memlock,
+        Resource::As,
+        Resource::Locks,
+        Resource::Sigpending,
+        Resource::Msgqueue,
+        Resource::Nice,
+        Resource::Rtprio,
+        Resource::Rttime,
+    ];
+    let Some(known) = ALL.get(resource as usize) else {
+        return Err(StageError::Program(format!("no resource limit {resource}")));
+    };
+    let value = |number: u64| (number != u64::MAX).then_some(number);
+    let limit = Rlimit {
+        current: value(soft),
+        maximum: value(hard),
+    };
+    step(
+        &format!("set the limit {known:?}"),
+        rustix::process::setrlimit(*known, limit),
+    )
+}
+
+fn take_user(program: &Program) -> Result<(), StageError> {
+    // While CAP_SYS_ADMIN is there: later the filter would need no_new_privs.
+    step("deny AF_VSOCK", seccomp::deny_vsock())?;
+    step(
+        "bound the capabilities",
+        capability::bound(&program.capabilities),
+    )?;
+    step(
+        "keep capabilities",
+        rustix::thread::set_keep_capabilities(true),
+    )?;
+    let groups: Vec<Gid> = program
+        .groups
+        .iter()
+        .map(|gid| Gid::from_raw(*gid))
+        .collect();
+    let (uid, gid) = (Uid::from_raw(program.uid), Gid::from_raw(program.gid));
+    step("set the groups", rustix::thread::set_thread_groups(&groups))?;
+    step(
+        "set the group",
+        rustix::thread::set_thread_res_gid(gid, gid, gid),
+    )?;
+    step(
+        "set the user",
+        rustix::thread::set_thread_res_uid(uid, uid, uid),
+    )?;
+    step(
+        "set the capabilities",
+        capability::take(&program.capabilities),
+    )?;
+    if program.no_new_privileges {
+        step("set no_new_privs", rustix::thread::set_no_new_privs(true))?;
+    }
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(program.umask));
+    Ok(())
+}
+
+/// The user's home in the container's /etc/passwd, for a process that is told none.
+fn home_of(uid: u32) -> String {
+    const MOST: u64 = 1 << 20;
+    let mut passwd = String::new();
+    let read =
+        fs::File::open("/etc/passwd").and_then(|file| file.take(MOST).read_to_string(&mut passwd));
+    let _ = read;
+    let uid = uid.to_string();
+    passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&uid.as_str()))
+        .and_then(|fields| fields.get(5).map(ToString::to_string))
+        .filter(|home| home.starts_with('/'))
+        .unwrap_or_else(|| "/".into())
+}
+
+/// Comes back only with the reason of a failure.
+fn execute(program: &Program, home: String) -> String {
+    let mut environment = program.environment.clone();
+    if !environment
+        .iter()
+        .any(|variable| variable.starts_with("HOME="))
+    {
+        environment.push(format!("HOME={home}"));
+    }
+    let strings = |strings: &[String]| -> Vec<CString> {
+        strings
+            .iter()
+            .filter_map(|string| CString::new(string.as_str()).ok())
+            .collect()
+    };
+    let arguments = strings(&program.arguments);
+    let Some(name) = program.arguments.first() else {
+        return "no program is named".into();
+    };
+    let environment = strings(&environment);
+    let candidates = candidates(name, &program.environment);
+    let mut worst = None;
+    for path in &candidates {
+        let Ok(spelled) = CString::new(path.as_str()) else {
+            continue;
+        };
+        let error = sys::execute(&spelled, &arguments, &environment);
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => {}
+            // As execvp(3): one that may not be run does not hide a later one that may.
+            Some(libc::EACCES) => worst = Some((path, error)),
+            _ => return format!("cannot execute {path}: {error}"),
+        }
+    }
+    match worst {
+        Some((path, error)) => format!("cannot execute {path}: {error}"),
+        None if name.contains('/') => {
+            format!(
+                "cannot execute {name}: {}",
+                io::Error::from_raw_os_error(libc::ENOENT)
+            )
+        }
+        None => format!("cannot execute {name}: executable file not found in $PATH"),
+    }
+}
+
+/// Paths to try for a program, in the order of `PATH`.
+fn candidates(name: &str, environment: &[String]) -> Vec<String> {
+    const DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    if name.contains('/') {
+        return vec![name.to_owned()];
+    }
+    environment
+        .iter()
+        .rev()
+        .find_map(|variable| variable.strip_prefix("PATH="))
+        .unwrap_or(DEFAULT)
+        .split(':')
+        .map(|directory| match directory {
+            "" => format!("./{name}"),
+            directory => format!("{directory}/{name}"),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_name_is_looked_for_in_the_containers_path() {
+        let environment = ["PATH=/a:/b".to_owned(), "X=1".to_owned()];
+        assert_eq!(candidates("sh", &environment), ["/a/sh", "/b/sh"]);
+        assert_eq!(candidates("./sh", &environment), ["./sh"]);
+        assert_eq!(candidates("sh", &[]).last().unwrap(), "/bin/sh");
+    }
+}

@@ -1,0 +1,200 @@
+//! Remembers what mutating calls answered, so that a repeated call does nothing twice.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::watch;
+use tonic::Status;
+
+/// How many finished operations are remembered.
+const REMEMBERED: usize = 1024;
+/// Longest operation id, in bytes.
+const LONGEST_ID: usize = 128;
+
+/// An answer as bytes, so that one memory serves all calls.
+type Answer = Result<Vec<u8>, Status>;
+
+/// The memory.
+#[derive(Debug, Default)]
+pub struct Operations {
+    // Held only to look up and insert, never across an await.
+    memory: Mutex<Memory>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    answers: HashMap<String, Operation>,
+    order: VecDeque<String>,
+}
+
+#[derive(Debug)]
+struct Operation {
+    call: &'static str,
+    answer: watch::Receiver<Option<Answer>>,
+}
+
+impl Operations {
+    /// Runs `work` in a task of its own, or waits for the answer of the operation with this id.
+    /// The work runs to its end even when the caller goes away.
+    pub async fn once<T, W>(&self, call: &'static str, id: &str, work: W) -> Result<T, Status>
+    where
+        T: prost::Message + Default,
+        W: Future<Output = Result<T, Status>> + Send + 'static,
+    {
+        let mut answer = self.enter(call, id, work)?;
+        let known = answer
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| Status::internal(format!("{call}: the operation died")))?
+            .clone();
+        match known {
+            Some(Ok(bytes)) => T::decode(bytes.as_slice())
+                .map_err(|_| Status::internal(format!("{call}: the answer was lost"))),
+            Some(Err(status)) => Err(status),
+            None => Err(Status::internal(format!("{call}: no answer"))),
+        }
+    }
+
+    fn enter<T, W>(
+        &self,
+        call: &'static str,
+        id: &str,
+        work: W,
+    ) -> Result<watch::Receiver<Option<Answer>>, Status>
+    where
+        T: prost::Message + Default,
+        W: Future<Output = Result<T, Status>> + Send + 'static,
+    {
+        if id.is_empty() || id.len() > LONGEST_ID {
+            return Err(Status::invalid_argument(format!(
+                "{call}: operation_id must have 1 to {LONGEST_ID} bytes"
+            )));
+        }
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = memory.answers.get(id) {
+            if known.call != call {
+                return Err(Status::invalid_argument(format!(
+                    "{call}: operation {id} was a {}",
+                    known.call
+                )));
+            }
+            return Ok(known.answer.clone());
+        }
+        let (sender, answer) = watch::channel(None);
+        tokio::spawn(async move {
+            let done = work.await.map(|answer| answer.encode_to_vec());
+            sender.send_replace(Some(done));
+        });
+        memory.remember(id, call, answer.clone());
+        Ok(answer)
+    }
+}
+
+impl Memory {
+    fn remember(&mut self, id: &str, call: &'static str, answer: watch::Receiver<Option<Answer>>) {
+        while self.order.len() >= REMEMBERED {
+            // One still running goes to the back: its caller may ask again.
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
+            let running = |operation: &Operation| operation.answer.borrow().is_none();
+            if self.answers.get(&oldest).is_some_and(running) {
+                self.order.push_back(oldest);
+                break;
+            }
+            self.answers.remove(&oldest);
+        }
+        self.order.push_back(id.to_owned());
+        self.answers
+            .insert(id.to_owned(), Operation { call, answer });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_agent_api::v1::StartContainerResponse;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    fn started(at: i64) -> StartContainerResponse {
+        StartContainerResponse {
+            started_at_nanoseconds: at,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_repeated_operation_answers_the_same_and_does_nothing() {
+        let operations = Operations::default();
+        let count = Arc::new(AtomicI64::new(0));
+        for _ in 0..3 {
+            let count = Arc::clone(&count);
+            let answer: StartContainerResponse = operations
+                .once("Start", "a", async move {
+                    Ok(started(count.fetch_add(1, Ordering::Relaxed)))
+                })
+                .await
+                .unwrap();
+            assert_eq!(answer, started(0));
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn failures_are_remembered_too() {
+        let operations = Operations::default();
+        for message in ["first", "second"] {
+            let work = async move { Err::<StartContainerResponse, _>(Status::not_found(message)) };
+            let status = operations.once("Start", "a", work).await.unwrap_err();
+            assert_eq!(status.message(), "first");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_id_belongs_to_one_call() {
+        let operations = Operations::default();
+        let _ = operations
+            .once("Start", "a", async { Ok(started(1)) })
+            .await;
+        let other = operations
+            .once("Signal", "a", async { Ok(started(1)) })
+            .await;
+        assert_eq!(other.unwrap_err().code(), tonic::Code::InvalidArgument);
+        let empty = operations
+            .once("Signal", "", async { Ok(started(1)) })
+            .await;
+        assert_eq!(empty.unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
+
+    #[tokio::test]
+    async fn work_outlives_its_caller() {
+        let operations = Operations::default();
+        let (go, gate) = tokio::sync::oneshot::channel::<()>();
+        let mut receiver = operations
+            .enter("Start", "a", async move {
+                let _ = gate.await;
+                Ok(started(5))
+            })
+            .unwrap();
+        drop(receiver.clone());
+        go.send(()).unwrap();
+        let answer = receiver.wait_for(Option::is_some).await.unwrap().clone();
+        assert_eq!(
+            answer.unwrap().unwrap(),
+            prost::Message::encode_to_vec(&started(5))
+        );
+    }
+
+    #[tokio::test]
+    async fn memory_is_bounded() {
+        let operations = Operations::default();
+        for id in 0..REMEMBERED + 100 {
+            let id = id.to_string();
+            operations
+                .once("Start", &id, async { Ok(started(1)) })
+                .await
+                .unwrap();
+        }
+        assert_eq!(operations.memory.lock().unwrap().answers.len(), REMEMBERED);
+    }
+}

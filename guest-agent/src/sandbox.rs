@@ -1,0 +1,493 @@
+//! The pod's own state: what Prepare sets up, the containers, and the end of all.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_agent_api::v1::{CreateContainerRequest, File, PrepareRequest};
+use bulkhead_agent_api::{Greeting, Purpose, Secret};
+use rustix::time::{ClockId, Timespec};
+use tokio::sync::watch;
+
+use crate::container::plan::{self, Places};
+use crate::container::{
+    self, Cgroup, Container, ContainerError, Endpoint, NewContainer, PlanError, Surroundings, off,
+    pause, user,
+};
+use crate::dial::Dialer;
+use crate::disk::{DiskError, Disks, SCRATCH};
+use crate::network::{self, NetworkError};
+use crate::reap::Reaper;
+
+/// Where files made for containers lie, by container.
+const FILES: &str = "/run/bulkhead/files";
+/// Most containers of a pod, those that exited among them.
+const MOST_CONTAINERS: usize = 512;
+/// Most bytes of one file.
+const LARGEST_FILE: usize = 1 << 20;
+
+/// Why the pod is not as the host wants it.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// Not at this time.
+    #[error("{0}")]
+    State(String),
+    /// The kernel refused.
+    #[error("cannot {what}: {source}")]
+    Step {
+        /// The step, as the rest of a sentence.
+        what: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A stream to the host.
+    #[error("{0}")]
+    Stream(#[from] crate::stdio::StreamError),
+    /// The host does not take the agent's dial.
+    #[error("cannot dial the host: {0}")]
+    Dial(io::Error),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A container.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+}
+
+fn step<T, E: Into<io::Error>>(what: &str, done: Result<T, E>) -> Result<T, SandboxError> {
+    done.map_err(|source| SandboxError::Step {
+        what: what.to_owned(),
+        source: source.into(),
+    })
+}
+
+/// The wall clock, in nanoseconds since 1970.
+pub fn now_nanoseconds() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| i64::try_from(now.as_nanos()).unwrap_or(i64::MAX))
+}
+
+/// What Prepare leaves for containers.
+#[derive(Debug)]
+struct Prepared {
+    resolv_conf: String,
+    pids: Option<Arc<OwnedFd>>,
+}
+
+/// A container's ids in effect.
+#[derive(Debug)]
+pub struct Created {
+    /// Number of the held process.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// The pod.
+#[derive(Debug)]
+pub struct Sandbox {
+    surroundings: Surroundings,
+    dialer: Arc<Dialer>,
+    disks: Disks,
+    preparing: AtomicBool,
+    prepared: OnceLock<Prepared>,
+    // Held to look up and insert only. `None`: being made.
+    containers: Mutex<BTreeMap<String, Option<Container>>>,
+}
+
+impl Sandbox {
+    /// Starts the pod's tasks.
+    pub fn start(reaper: Reaper, dialer: Arc<Dialer>, attended: watch::Receiver<bool>) -> Self {
+        Self {
+            surroundings: Surroundings { reaper, attended },
+            dialer,
+            disks: Disks::start(),
+            preparing: AtomicBool::new(false),
+            prepared: OnceLock::new(),
+            containers: Mutex::default(),
+        }
+    }
+
+    /// The pod's disks.
+    pub fn disks(&self) -> &Disks {
+        &self.disks
+    }
+
+    /// Makes the pod ready for its first container. A failure leaves it unready for good: the
+    /// host ends the VM.
+    pub async fn prepare(&self, request: PrepareRequest) -> Result<(), SandboxError> {
+        if self.preparing.swap(true, Ordering::Relaxed) {
+            return Err(SandboxError::State(
+                "the sandbox was prepared before".into(),
+            ));
+        }
+        self.disks.scratch(request.scratch_serial.clone()).await?;
+        let prepared = off(move || prepare(request)).await??;
+        self.prepared
+            .set(prepared)
+            .map_err(|_| SandboxError::State("the sandbox was prepared before".into()))
+    }
+
+    fn list(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Option<Container>>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A container by its id.
+    pub fn container(&self, id: &str) -> Result<Container, ContainerError> {
+        let known = self.list().get(id).cloned().flatten();
+        known.ok_or_else(|| ContainerError::NotFound(format!("no container {id}")))
+    }
+
+    /// Every container, by id.
+    pub fn containers(&self) -> Vec<(String, Container)> {
+        let list = self.list();
+        let all = list
+            .iter()
+            .filter_map(|(id, known)| Some((id.clone(), known.clone()?)));
+        all.collect()
+    }
+
+    /// Makes a container with its process held before its exec; on failure nothing of it stays.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<Created, SandboxError> {
+        let id = request.container_id.clone();
+        check_id(&id)?;
+        self.reserve(&id)?;
+        let done = self.make(request).await;
+        if done.is_err() {
+            let _ = self.disks.release(id.clone()).await;
+        }
+        let mut list = self.list();
+        match done {
+            Ok((container, created)) => {
+                list.insert(id, Some(container));
+                Ok(created)
+            }
+            Err(error) => {
+                list.remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(&self, id: &str) -> Result<(), ContainerError> {
+        let mut list = self.list();
+        if list.contains_key(id) {
+            return Err(ContainerError::Exists(format!("container {id} exists")));
+        }
+        if list.len() >= MOST_CONTAINERS {
+            return Err(ContainerError::Exhausted(format!(
+                "the pod has {MOST_CONTAINERS} containers"
+            )));
+        }
+        list.insert(id.to_owned(), None);
+        Ok(())
+    }
+
+    async fn make(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<(Container, Created), SandboxError> {
+        let prepared = self
+            .prepared
+            .get()
+            .ok_or_else(|| SandboxError::State("the sandbox is not prepared yet".into()))?;
+        let id = request.container_id.clone();
+        let image = self
+            .disks
+            .image(request.image_serial.clone(), id.clone())
+            .await?;
+        let (pids, resolv_conf) = (prepared.pids.clone(), prepared.resolv_conf.clone());
+        let (new, created) = off(move || set_out(request, image, pids, &resolv_conf)).await??;
+        let (cgroup, directories) = (new.cgroup.clone(), new.directories.clone());
+        match Container::create(new, self.surroundings.clone()).await {
+            Ok((container, pid)) => Ok((container, Created { pid, ..created })),
+            Err(error) => {
+                let _ = cgroup.kill();
+                let _ = off(move || container::remove(&cgroup, &directories)).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Removes a container that does not run.
+    pub async fn remove(&self, id: &str) -> Result<(), SandboxError> {
+        self.container(id)?.remove().await?;
+        self.disks.release(id.to_owned()).await?;
+        self.list().remove(id);
+        Ok(())
+    }
+
+    /// Dials the host and joins the stream with one end of a process's stdio.
+    pub async fn open(
+        &self,
+        endpoint: Endpoint,
+        token: u64,
+        offset: u64,
+    ) -> Result<(), SandboxError> {
+        let greeting = |purpose, offset| Greeting {
+            purpose,
+            secret: Secret::NONE,
+            token,
+            offset,
+        };
+        match endpoint {
+            Endpoint::Output(opening) => {
+                let offset = opening.seek(offset).await?;
+                let stream = self.dialer.open(greeting(Purpose::Output, offset)).await;
+                opening
+                    .feed(stream.map_err(SandboxError::Dial)?, offset)
+                    .await?;
+            }
+            Endpoint::Input(opening) => {
+                let stream = self.dialer.open(greeting(Purpose::Input, 0)).await;
+                let stream = stream.map_err(SandboxError::Dial)?;
+                let closed = || SandboxError::State("stdin is closed".into());
+                opening.send(stream).await.map_err(|_| closed())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends every process of the pod and puts the disks away.
+    pub async fn shut_down(&self) -> Result<(), SandboxError> {
+        let kill = format!("{}/cgroup.kill", container::cgroup::POD);
+        step("kill the pod's processes", fs::write(kill, "1"))?;
+        for (_, container) in self.containers() {
+            // Bounded by the drain of the output, which the server ends early by fetching it.
+            let _ = tokio::time::timeout(Duration::from_secs(2), container.wait(None)).await;
+        }
+        Ok(self.disks.finish().await?)
+    }
+}
+
+/// Sets the wall clock, in nanoseconds since 1970.
+pub fn set_time(nanoseconds: i64) -> Result<(), SandboxError> {
+    const SECOND: i64 = 1_000_000_000;
+    if nanoseconds <= 0 {
+        return Err(SandboxError::Invalid(
+            "the wall clock must lie after 1970".into(),
+        ));
+    }
+    let time = Timespec {
+        tv_sec: nanoseconds / SECOND,
+        tv_nsec: nanoseconds % SECOND,
+    };
+    step(
+        "set the clock",
+        rustix::time::clock_settime(ClockId::Realtime, time),
+    )
+}
+
+fn prepare(request: PrepareRequest) -> Result<Prepared, SandboxError> {
+    if request.wall_clock_nanoseconds != 0 {
+        set_time(request.wall_clock_nanoseconds)?;
+    }
+    if !request.entropy.is_empty() {
+        let device = step("open /dev/urandom", fs::File::open("/dev/urandom"))?;
+        let fed = crate::sys::feed_random(device.as_fd(), &request.entropy);
+        step("feed the random generator", fed)?;
+    }
+    if !request.hostname.is_empty() {
+        let set = rustix::system::sethostname(request.hostname.as_bytes());
+        step(&format!("set the hostname {:?}", request.hostname), set)?;
+    }
+    for (name, value) in &request.sysctls {
+        set_sysctl(name, value)?;
+    }
+    for interface in &request.interfaces {
+        network::configure(interface)?;
+    }
+    if !request.resolv_conf.is_empty() {
+        step(
+            "write /etc/resolv.conf",
+            fs::write("/etc/resolv.conf", &request.resolv_conf),
+        )?;
+    }
+    if request.shm_bytes != 0 {
+        let options = std::ffi::CString::new(format!("mode=1777,size={}", request.shm_bytes));
+        let options = step("size /dev/shm", options.map_err(io::Error::from))?;
+        let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV;
+        let sized = rustix::mount::mount_remount("/dev/shm", flags, options.as_c_str());
+        step("size /dev/shm", sized)?;
+    }
+    let pids = match request.shared_pid_namespace {
+        true => Some(Arc::new(pause::start().map_err(ContainerError::Launch)?)),
+        false => None,
+    };
+    Ok(Prepared {
+        resolv_conf: request.resolv_conf,
+        pids,
+    })
+}
+
+/// A sysctl's name is a path below /proc/sys, with dots or, as sysctl(8) allows, slashes.
+fn set_sysctl(name: &str, value: &str) -> Result<(), SandboxError> {
+    let path = sysctl_path(name)
+        .ok_or_else(|| SandboxError::Invalid(format!("sysctl {name:?} is no sysctl's name")))?;
+    match fs::write(&path, value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SandboxError::Invalid(
+            format!("sysctl {name} does not exist in the guest"),
+        )),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(SandboxError::Invalid(
+            format!("sysctl {name} does not take {value:?}"),
+        )),
+        done => step(&format!("set the sysctl {name}"), done),
+    }
+}
+
+fn sysctl_path(name: &str) -> Option<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '/' | '_' | '-');
+    let relative = if name.contains('/') {
+        name.to_owned()
+    } else {
+        name.replace('.', "/")
+    };
+    let sound = relative
+        .split('/')
+        .all(|part| !part.is_empty() && part != ".." && part != ".");
+    (sound && name.chars().all(plain)).then(|| format!("/proc/sys/{relative}"))
+}
+
+fn check_id(id: &str) -> Result<(), SandboxError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    // Dots only would be another directory; a controller's file has a dot after its name.
+    let sound = (1..=128).contains(&id.len()) && !id.contains('.') && id.chars().all(plain);
+    match sound {
+        true => Ok(()),
+        false => Err(SandboxError::Invalid(format!(
+            "container id {id:?} must be 1 to 128 letters, digits, dashes or underscores"
+        ))),
+    }
+}
+
+/// Works out and makes what a container needs before its process.
+fn set_out(
+    request: CreateContainerRequest,
+    image: String,
+    pids: Option<Arc<OwnedFd>>,
+    resolv_conf: &str,
+) -> Result<(NewContainer, Created), SandboxError> {
+    let id = request.container_id;
+    let mut spec = plan::read_spec(&request.spec).map_err(ContainerError::from)?;
+    if let Some(process) = &mut spec.process {
+        user::resolve(&mut process.user, &image).map_err(ContainerError::from)?;
+    }
+    let scratch = format!("{SCRATCH}/containers/{id}");
+    let home = format!("{FILES}/{id}");
+    let mut files = request.files;
+    let brought = |path: &str| {
+        spec.mounts.iter().any(|mount| mount.destination == path)
+            || files.iter().any(|file| file.path == path)
+    };
+    if !resolv_conf.is_empty() && !brought("/etc/resolv.conf") {
+        files.push(File {
+            path: "/etc/resolv.conf".into(),
+            content: resolv_conf.into(),
+            mode: 0o644,
+            read_only: false,
+        });
+    }
+    let directories = vec![scratch.clone(), home.clone()];
+    let places = Places {
+        cgroup: format!("{}/{id}", container::cgroup::POD),
+        image: image.clone(),
+        scratch,
+        files: files
+            .iter()
+            .enumerate()
+            .map(|(at, file)| (file.path.clone(), format!("{home}/{at}"), file.read_only))
+            .collect(),
+        shared_pids: pids.is_some(),
+    };
+    // All that can be wrong with the request comes before anything is made.
+    let plan = plan::container(&spec, &places).map_err(ContainerError::from)?;
+    let created = Created {
+        pid: 0,
+        uid: plan.program.uid,
+        gid: plan.program.gid,
+        groups: plan.program.groups.clone(),
+    };
+    let resources = spec
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref());
+    let cgroup = Cgroup::create(&id, resources).map_err(ContainerError::from)?;
+    if let Err(error) = write_files(&home, &files) {
+        let _ = container::remove(&cgroup, &directories);
+        return Err(error);
+    }
+    let new = NewContainer {
+        id,
+        plan,
+        cgroup,
+        image,
+        pids,
+        stdin: request.stdin,
+        directories,
+    };
+    Ok((new, created))
+}
+
+fn write_files(home: &str, files: &[File]) -> Result<(), SandboxError> {
+    step("make a directory for files", fs::create_dir_all(home))?;
+    for (at, file) in files.iter().enumerate() {
+        if file.content.len() > LARGEST_FILE {
+            let what = format!("files {}: larger than {LARGEST_FILE} bytes", file.path);
+            return Err(ContainerError::from(PlanError::Invalid {
+                field: "files".into(),
+                what,
+            })
+            .into());
+        }
+        let path = format!("{home}/{at}");
+        let mode = fs::Permissions::from_mode(file.mode & 0o777);
+        let written =
+            fs::write(&path, &file.content).and_then(|()| fs::set_permissions(&path, mode));
+        step(&format!("write {}", file.path), written)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sysctl_names_a_file_below_proc_sys_only() {
+        let path = |name| sysctl_path(name);
+        assert_eq!(
+            path("net.core.somaxconn").as_deref(),
+            Some("/proc/sys/net/core/somaxconn")
+        );
+        let dotted = "net/ipv4/conf/eth0.1/forwarding";
+        assert_eq!(path(dotted), Some(format!("/proc/sys/{dotted}")));
+        for name in ["", "net..core", "../../etc/passwd", "net/../x", "a b"] {
+            assert_eq!(path(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_container_id_is_one_directory() {
+        assert!(check_id("0123abc_-").is_ok());
+        for id in ["", "..", "a/b", "memory.max"] {
+            assert!(check_id(id).is_err(), "{id}");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! A process's stdin, stdout and stderr, each a stream to the host of its own.
+
+mod input;
+mod output;
+mod ring;
+
+pub use input::Input;
+pub use output::{Opening, Output, Progress, StreamError};

@@ -1,0 +1,258 @@
+//! System calls that rustix does not offer, or offers as unsafe only.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use tokio::io::unix::AsyncFd;
+
+/// Turns the -1 of a system call into its error.
+fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// One instruction of a classic BPF program.
+pub type Instruction = libc::sock_filter;
+
+/// Splits a process that has one thread only. `None` in the child.
+///
+/// The stage calls it, never the agent itself: see [`crate::container::stage`].
+pub fn fork() -> io::Result<Option<i32>> {
+    // SAFETY: the caller has a single thread, so no lock of another one is lost in the child.
+    let pid = unsafe { libc::fork() };
+    Ok(match checked(pid.into())? {
+        0 => None,
+        _ => Some(pid),
+    })
+}
+
+/// unshare(2) of `CLONE_NEW*` flags.
+pub fn unshare(flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: only namespace flags come here; they change no memory and no descriptor.
+    checked(unsafe { libc::unshare(flags) }.into()).map(drop)
+}
+
+/// setns(2) into the namespaces of a pidfd, or of a namespace's own descriptor.
+pub fn enter(descriptor: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: a plain call on a descriptor that lives until it returns.
+    checked(unsafe { libc::setns(descriptor.as_raw_fd(), flags) }.into()).map(drop)
+}
+
+/// execve(2). Comes back only with an error.
+pub fn execute(path: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+        strings
+            .iter()
+            .map(|string| string.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (arguments, environment) = (pointers(arguments), pointers(environment));
+    // SAFETY: both arrays end with a null pointer and, as the strings, outlive the call.
+    unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Marks every descriptor from `first` on to be closed by execve(2).
+pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: sets a flag; no descriptor is closed now.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    })
+    .map(drop)
+}
+
+/// Has the event loop watch a descriptor.
+pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor moves in, so it stays the same and open as long as it is watched.
+    Ok(unsafe { AsyncFd::register(descriptor) }?)
+}
+
+/// Blocks SIGCHLD in this and all later threads and returns a descriptor that tells of it.
+pub fn watch_children() -> io::Result<OwnedFd> {
+    // SAFETY: `set` is initialised by sigemptyset before use; the descriptor is new and ours.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        checked(libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()).into())?;
+        let descriptor = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        checked(descriptor.into())?;
+        Ok(OwnedFd::from_raw_fd(descriptor))
+    }
+}
+
+/// Gives every signal its default action and an empty mask, as a new program expects.
+pub fn reset_signals() {
+    // SAFETY: SIG_DFL installs no code; `set` is initialised by sigemptyset.
+    unsafe {
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
+}
+
+/// Sends a signal to the process of a pidfd.
+pub fn signal_process(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a plain call; a null siginfo is allowed.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// kill(2); a negative `pid` is a process group.
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: a plain call.
+    checked(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// mount_setattr(2) on the mount `mount` names, with all below it when `recursive`.
+/// `propagation` is 0 or one of `MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED`.
+pub fn set_mount_attributes(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    set: u64,
+    clear: u64,
+    propagation: u64,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: `attributes` and the empty path outlive the call; its size is given.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    })
+    .map(drop)
+}
+
+/// Puts a seccomp filter over this process and all it will start. Needs CAP_SYS_ADMIN or
+/// no_new_privs.
+pub fn install_filter(program: &[Instruction]) -> io::Result<()> {
+    let length =
+        u16::try_from(program.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let program = libc::sock_fprog {
+        len: length,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel copies `len` instructions from `filter` and writes nothing.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &program,
+        )
+    })
+    .map(drop)
+}
+
+/// A new stream socket of AF_VSOCK whose connect to `port` of `cid` has begun: it is writable
+/// once that is over, see [`connect_error`].
+pub fn begin_vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the descriptor is new and ours; the address is zeroed plain data of its own size.
+    unsafe {
+        let descriptor = libc::socket(libc::AF_VSOCK, kind, 0);
+        checked(descriptor.into())?;
+        let socket = OwnedFd::from_raw_fd(descriptor);
+        let mut address: libc::sockaddr_vm = std::mem::zeroed();
+        address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+        address.svm_cid = cid;
+        address.svm_port = port;
+        let result = libc::connect(
+            descriptor,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        );
+        match checked(result.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+            _ => Ok(socket),
+        }
+    }
+}
+
+/// Lets a mounted ext4 fill `blocks` blocks of its device (EXT4_IOC_RESIZE_FS).
+pub fn grow_ext4(root: BorrowedFd<'_>, blocks: u64) -> io::Result<()> {
+    // _IOW('f', 16, __u64)
+    const RESIZE: libc::c_ulong = 0x4008_6610;
+    // SAFETY: the request reads one u64.
+    checked(unsafe { libc::ioctl(root.as_raw_fd(), RESIZE, &blocks) }.into()).map(drop)
+}
+
+/// Feeds `entropy` (at most 512 bytes) to the random generator and makes it use it at once.
+pub fn feed_random(device: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {
+    const ADD: libc::c_ulong = 0x4008_5203;
+    const RESEED: libc::c_ulong = 0x5207;
+    const MOST: usize = 512;
+    #[repr(C)]
+    struct Pool {
+        bits: libc::c_int,
+        length: libc::c_int,
+        bytes: [u8; MOST],
+    }
+    let mut pool = Pool {
+        bits: 0,
+        length: 0,
+        bytes: [0; MOST],
+    };
+    for (to, from) in pool.bytes.iter_mut().zip(entropy) {
+        *to = *from;
+        pool.length += 1;
+        pool.bits += 8;
+    }
+    // SAFETY: `pool` has the layout of rand_pool_info with `length` valid bytes behind it.
+    unsafe {
+        checked(libc::ioctl(device.as_raw_fd(), ADD, &pool).into())?;
+        checked(libc::ioctl(device.as_raw_fd(), RESEED).into())?;
+    }
+    Ok(())
+}
+
+/// Lets the kernel take ended children: nobody waits for them.
+pub fn ignore_children() {
+    // SAFETY: SIG_IGN installs no code.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Waits for a signal.
+pub fn sleep_for_ever() {
+    // SAFETY: a plain call.
+    unsafe { libc::pause() };
+}
+
+/// Closes every descriptor from `first` on. Only for a process that uses none of them any more.
+pub fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: the caller owns no descriptor that it will use or close again.
+    checked(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
+}

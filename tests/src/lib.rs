@@ -1,0 +1,25 @@
+//! End-to-end tests: a server is started as a user would start it and driven only through its
+//! CRI socket and its command line.
+//!
+//! A suite is one file in `tests/`, a function per behaviour, listed with [`suite!`]. Each case
+//! gets the [`Node`] the suite shares: a registry, and a server once a case asks for it. After
+//! each case the machine must be as it was before; see [`leak`].
+//!
+//! The same suites run against Debian's containerd and runc, which finds out wrong tests. Cases
+//! about what a reference cannot have are listed in `reference.txt`.
+
+pub mod archive;
+pub mod cri;
+pub mod fake_registry;
+pub mod http;
+pub mod leak;
+pub mod log;
+pub mod node;
+pub mod registry;
+pub mod request;
+pub mod server;
+pub mod suite;
+
+pub use cri::Cri;
+pub use node::Node;
+pub use server::Server;

@@ -1,0 +1,225 @@
+//! The machine a suite runs on, with what its cases share: a registry, a server, scratch space.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_cri_api::v1::PodSandboxConfig;
+
+use crate::fake_registry::FakeRegistry;
+use crate::registry::Registry;
+use crate::request::{self, CGROUP_PARENT, Pod};
+use crate::server::{Plan, Runtime, Server};
+use crate::{Cri, leak};
+
+/// The image most cases use: a shell, users and some awkward files in three layers.
+pub const BASE: &str = "test/base:1";
+/// A Debian image with a web server and perl.
+pub const WEB: &str = "demo/web:1";
+
+/// Where `bulkhead`, `bulkhead-vmm`, `vmlinux` and `initramfs` are.
+const PROGRAMS: &str = "BULKHEAD_BIN_DIR";
+/// Where the registry's storage is.
+const ASSETS: &str = "BULKHEAD_TEST_ASSETS";
+/// `reference` to test the reference.
+const RUNTIME: &str = "BULKHEAD_TEST_RUNTIME";
+
+/// Whether the reference is what is tested.
+pub fn is_reference() -> bool {
+    std::env::var_os(RUNTIME).is_some_and(|value| value == "reference")
+}
+
+/// The machine.
+pub struct Node {
+    /// Serves the test images.
+    pub registry: Registry,
+    /// Serves images that are not what they seem.
+    pub fake_registry: FakeRegistry,
+    runtime: Runtime,
+    programs: PathBuf,
+    server: OnceLock<Server>,
+    // Last, so that it goes after what lies in it.
+    scratch: Scratch,
+}
+
+impl Node {
+    /// Starts the registry. Fails, with what to do, where the tests cannot run.
+    pub fn open(suite: &str) -> Result<Self> {
+        let directory = |name: &str| -> Result<PathBuf> {
+            let value = std::env::var_os(name).with_context(|| {
+                format!("{name} is not set: run the suites by `cargo xtask test`")
+            })?;
+            PathBuf::from(value)
+                .canonicalize()
+                .with_context(|| name.to_owned())
+        };
+        let runtime = if is_reference() {
+            Runtime::Reference
+        } else {
+            Runtime::Bulkhead
+        };
+        let programs = match runtime {
+            Runtime::Bulkhead => directory(PROGRAMS)?,
+            Runtime::Reference => PathBuf::new(),
+        };
+        let assets = directory(ASSETS)?;
+        ensure!(rustix::process::geteuid().is_root(), "the suites need root");
+        let scratch = Scratch::mount(suite, "size=75%")?;
+        make_cgroup_parent()?;
+        Ok(Self {
+            registry: Registry::start(&assets.join("registry"), scratch.path())?,
+            fake_registry: FakeRegistry::start()?,
+            runtime,
+            programs,
+            server: OnceLock::new(),
+            scratch,
+        })
+    }
+
+    /// The server the suite's cases share.
+    pub fn server(&self) -> Result<&Server> {
+        if let Some(server) = self.server.get() {
+            return Ok(server);
+        }
+        let server = self.plan("shared").start()?;
+        Ok(self.server.get_or_init(|| server))
+    }
+
+    /// Speaks to the shared server.
+    pub fn cri(&self) -> Result<&Cri> {
+        Ok(&self.server()?.cri)
+    }
+
+    /// A server of a case's own, named in its paths; to be changed and started.
+    pub fn plan(&self, name: &str) -> Plan {
+        Plan {
+            runtime: self.runtime,
+            home: self.scratch.path().join(name),
+            programs: self.programs.clone(),
+            registry: self.registry.address().to_string(),
+            fake_registry: self.fake_registry.address().to_string(),
+            root: None,
+            settings: String::new(),
+            private_mounts: None,
+        }
+    }
+
+    /// Where `bulkhead` and what belongs to it are.
+    pub fn programs(&self) -> &Path {
+        &self.programs
+    }
+
+    /// Room for files of a case's own, in memory.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// Makes an image of the registry present on the shared server and answers its full name.
+    pub fn image(&self, image: &str) -> Result<String> {
+        self.image_on(self.cri()?, image)
+    }
+
+    /// As [`Node::image`], on another server.
+    pub fn image_on(&self, cri: &Cri, image: &str) -> Result<String> {
+        let name = self.registry.name(image);
+        if cri.image(&name)?.is_none() {
+            cri.pull(&name)
+                .with_context(|| format!("PullImage {name}"))?;
+        }
+        Ok(name)
+    }
+
+    /// The base image on the shared server.
+    pub fn base(&self) -> Result<String> {
+        self.image(BASE)
+    }
+
+    /// A pod's configuration, its log directory made as a kubelet would.
+    pub fn pod_config(&self, name: &str) -> Result<PodSandboxConfig> {
+        let config = request::pod(name, &self.scratch.path().join("logs"));
+        // Names come again in other cases, their logs must not.
+        if Path::new(&config.log_directory).exists() {
+            fs::remove_dir_all(&config.log_directory)?;
+        }
+        fs::create_dir_all(&config.log_directory)?;
+        Ok(config)
+    }
+
+    /// A running pod on the shared server.
+    pub fn pod(&self, name: &str) -> Result<Pod<'_>> {
+        Pod::run(self.cri()?, self.pod_config(name)?)
+    }
+
+    /// Removes what a case made on the shared server, except images.
+    pub fn clean(&self) -> Result<()> {
+        self.server.get().map_or(Ok(()), Server::remove_pods)
+    }
+
+    /// Ends the server and checks that it leaves nothing that runs or is mounted.
+    pub fn close(self) -> Result<()> {
+        let Some(server) = self.server.into_inner() else {
+            return Ok(());
+        };
+        let home = self.scratch.path().to_owned();
+        server.stop()?;
+        leak::expect_unused(&home)?;
+        fs::remove_dir(cgroup_parent()).context("the pods' cgroup")
+    }
+}
+
+/// Where the pods' cgroups are.
+fn cgroup_parent() -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(CGROUP_PARENT.trim_start_matches('/'))
+}
+
+/// The cgroup a kubelet would have made for the node's pods.
+fn make_cgroup_parent() -> Result<()> {
+    let top = Path::new("/sys/fs/cgroup");
+    ensure!(
+        top.join("cgroup.controllers").exists(),
+        "cgroup v2 is not mounted at /sys/fs/cgroup: run the suites by `cargo xtask test`"
+    );
+    let parent = cgroup_parent();
+    fs::create_dir_all(&parent)?;
+    for group in [top, &parent] {
+        let control = group.join("cgroup.subtree_control");
+        fs::write(&control, "+cpu +memory +pids").with_context(|| control.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// A memory file system of a test's own: the bed's root cannot hold overlays.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Mounts one, with tmpfs options such as `size=16m`.
+    pub fn mount(name: &str, options: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("bulkhead-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path)?;
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "bulkhead-tests"])
+            .arg(&path)
+            .status()?;
+        ensure!(
+            status.success(),
+            "mount of a tmpfs on {}: {status}",
+            path.display()
+        );
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Lazily: a server that was killed may still be going. The machine is thrown away anyway.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ = fs::remove_dir(&self.0);
+    }
+}

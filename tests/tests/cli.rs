@@ -1,0 +1,202 @@
+//! The command line.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_cri_api::v1::PodSandboxFilter;
+use bulkhead_tests::node::BASE;
+use bulkhead_tests::request::sleeper;
+use bulkhead_tests::{Node, suite};
+use rustix::process::{Pid, Signal, kill_process};
+
+suite! {
+    run_gives_the_containers_output_and_exit_status,
+    run_takes_the_images_command,
+    run_brings_up_a_server_of_its_own,
+    run_is_removed_by_ctrl_c,
+    run_of_a_missing_command_says_so,
+    run_of_an_unknown_image_names_it,
+    ps_lists_pods_and_containers,
+    images_lists_images,
+    doctor_finds_that_pods_can_run,
+    wrong_configuration_is_named,
+}
+
+/// `bulkhead` with arguments, its temporary files in a directory of the test's own.
+fn bulkhead(node: &Node, arguments: &[&str]) -> Result<(Command, PathBuf)> {
+    let temporary = node.scratch().join("temporary");
+    fs::create_dir_all(&temporary)?;
+    let mut command = Command::new(node.programs().join("bulkhead"));
+    command.args(arguments).env("TMPDIR", &temporary);
+    command.stdin(Stdio::null());
+    Ok((command, temporary))
+}
+
+/// Runs it to its end; it must leave no temporary file.
+fn output(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let (mut command, temporary) = bulkhead(node, arguments)?;
+    let output = command.output()?;
+    let left: Vec<_> = fs::read_dir(&temporary)?.flatten().collect();
+    ensure!(left.is_empty(), "{arguments:?} leaves {left:?}");
+    Ok(output)
+}
+
+/// The shared server's socket as an argument.
+fn socket(node: &Node) -> Result<String> {
+    Ok(format!("--socket={}", node.server()?.socket().display()))
+}
+
+fn run_gives_the_containers_output_and_exit_status(node: &Node) -> Result<()> {
+    let line = "echo out; echo err >&2; uname -r; exit 42";
+    let image = node.registry.name(BASE);
+    let done = output(
+        node,
+        &["run", &socket(node)?, &image, "--", "/bin/sh", "-c", line],
+    )?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.code() == Some(42), "{:?} {stderr}", done.status);
+    ensure!(
+        stdout.starts_with("out\n") && stdout.lines().count() == 2,
+        "{stdout}"
+    );
+    ensure!(stderr.ends_with("err\n"), "{stderr}");
+    let left = node.cri()?.pod_ids(PodSandboxFilter::default())?;
+    ensure!(left.is_empty(), "pods {left:?} are left");
+    Ok(())
+}
+
+fn run_takes_the_images_command(node: &Node) -> Result<()> {
+    let image = node.registry.name("test/config:1");
+    let done = output(node, &["run", &socket(node)?, &image])?;
+    ensure!(done.stdout == b"entrypoint cmd\n", "{done:?}");
+    let done = output(node, &["run", &socket(node)?, &image, "--", "own"])?;
+    ensure!(done.stdout == b"entrypoint own\n", "{done:?}");
+    ensure!(done.status.success(), "{done:?}");
+    Ok(())
+}
+
+fn run_brings_up_a_server_of_its_own(node: &Node) -> Result<()> {
+    let config = private_config(node)?;
+    let image = node.registry.name(BASE);
+    let done = output(node, &["run", &config, &image, "--", "cat", "/data/kept"])?;
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(done.stdout == b"layer 1\n", "{done:?}");
+    Ok(())
+}
+
+fn run_is_removed_by_ctrl_c(node: &Node) -> Result<()> {
+    let image = node.registry.name(BASE);
+    for server in [socket(node)?, private_config(node)?] {
+        let line = "trap 'exit 5' TERM; echo up; while :; do sleep 0.2; done";
+        let arguments = ["run", &server, &image, "--", "/bin/sh", "-c", line];
+        let (mut command, temporary) = bulkhead(node, &arguments)?;
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut stdout = BufReader::new(child.stdout.take().context("no pipe")?);
+        let mut first = String::new();
+        stdout.read_line(&mut first)?;
+        ensure!(first == "up\n", "{first:?}");
+        let pid = Pid::from_raw(child.id().cast_signed()).context("no process")?;
+        kill_process(pid, Signal::INT)?;
+        let status = child.wait()?;
+        ensure!(status.code() == Some(5), "{server}: {status}");
+        let left: Vec<_> = fs::read_dir(&temporary)?.flatten().collect();
+        ensure!(left.is_empty(), "{left:?} is left");
+    }
+    let left = node.cri()?.pod_ids(PodSandboxFilter::default())?;
+    ensure!(left.is_empty(), "pods {left:?} are left");
+    Ok(())
+}
+
+fn run_of_a_missing_command_says_so(node: &Node) -> Result<()> {
+    let image = node.registry.name(BASE);
+    let done = output(
+        node,
+        &["run", &socket(node)?, &image, "--", "/no/such/command"],
+    )?;
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(
+        done.status.code() == Some(127),
+        "{:?} {stderr}",
+        done.status
+    );
+    ensure!(stderr.contains("/no/such/command"), "{stderr}");
+    Ok(())
+}
+
+fn run_of_an_unknown_image_names_it(node: &Node) -> Result<()> {
+    let image = node.registry.name("test/none:1");
+    let done = output(node, &["run", &socket(node)?, &image])?;
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(
+        done.status.code() == Some(125),
+        "{:?} {stderr}",
+        done.status
+    );
+    ensure!(stderr.contains("test/none:1"), "{stderr}");
+    Ok(())
+}
+
+fn ps_lists_pods_and_containers(node: &Node) -> Result<()> {
+    let pod = node.pod("listed")?;
+    let container = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let done = output(node, &["ps", &socket(node)?])?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.success(), "{done:?}");
+    let row = stdout.lines().find(|line| line.contains("listed"));
+    let row = row.with_context(|| stdout.clone().into_owned())?;
+    for id in [&pod.id, &container] {
+        let start = id.get(..12).context("a short id")?;
+        ensure!(row.contains(start), "no {start} in {row}");
+    }
+    Ok(())
+}
+
+fn images_lists_images(node: &Node) -> Result<()> {
+    let name = node.base()?;
+    let done = output(node, &["images", &socket(node)?])?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(stdout.contains(&name), "{stdout}");
+    Ok(())
+}
+
+fn doctor_finds_that_pods_can_run(node: &Node) -> Result<()> {
+    let done = output(node, &["doctor"])?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.success(), "{:?} {stdout}", done.status);
+    ensure!(stdout.to_lowercase().contains("kvm"), "{stdout}");
+    Ok(())
+}
+
+fn wrong_configuration_is_named(node: &Node) -> Result<()> {
+    let path = node.scratch().join("wrong.toml");
+    fs::write(&path, "[vm]\nmemory = 256\n")?;
+    let path = path.display().to_string();
+    let done = output(node, &["serve", "--config", &path])?;
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(!done.status.success(), "{stderr}");
+    ensure!(
+        stderr.contains(&path) && stderr.contains("memory"),
+        "{stderr}"
+    );
+    Ok(())
+}
+
+/// A configuration under which no server runs, as an argument.
+fn private_config(node: &Node) -> Result<String> {
+    let path = node.scratch().join("private.toml");
+    let registry = node.registry.address();
+    let text = format!(
+        "run = \"{}/nobody\"\n[registry.\"{registry}\"]\nplain_http = true\n",
+        node.scratch().display()
+    );
+    fs::write(&path, text)?;
+    Ok(format!("--config={}", path.display()))
+}

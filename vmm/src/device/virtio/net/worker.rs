@@ -1,0 +1,187 @@
+//! The thread that moves frames between the queues and the tap.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
+
+use super::buffers::{Buffers, collect};
+use super::device::{Net, has};
+use super::{ETHERNET_BYTES, HEADER_BYTES, SEGMENTED_BYTES, sys};
+use crate::device::virtio::ring::{Ring, RingError};
+use crate::device::virtio::thread::Poll;
+use crate::device::virtio::{Active, ActiveQueue, Interrupt, Memory};
+use crate::journal;
+
+/// Frames moved in one direction before the other has its turn.
+const TURN: usize = 128;
+/// The least bytes of a frame with its header: an Ethernet header (IEEE 802.3) without payload.
+const SMALLEST_FRAME: usize = HEADER_BYTES + 14;
+/// The most bytes of a frame that the guest may send, with its header.
+const LARGEST_FRAME: usize = HEADER_BYTES + ETHERNET_BYTES + SEGMENTED_BYTES;
+
+const KICK_RECEIVE: u64 = 0;
+const KICK_TRANSMIT: u64 = 1;
+const TAP: u64 = 2;
+
+/// Why the device gave up. Until the guest resets it, it does nothing.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Fault {
+    #[error("the guest set up {0} queues; receive and transmit are needed")]
+    Queues(usize),
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error("waiting for events failed: {0}")]
+    Poll(io::Error),
+}
+
+/// A running device.
+pub(super) struct Worker {
+    device: Box<Net>,
+    memory: Memory,
+    interrupt: Interrupt,
+    receive: Ring,
+    transmit: Ring,
+    poll: Poll,
+    /// Bytes that receive buffers must have together before a frame is read, if frames may be
+    /// spread over several. Otherwise one chain is one frame.
+    spread: Option<usize>,
+    /// The tap may have a frame.
+    readable: bool,
+    /// The tap may take a frame.
+    writable: bool,
+}
+
+impl Worker {
+    /// Takes over the queues.
+    pub fn new(device: Box<Net>, active: Active, poll: Poll) -> Result<Self, Fault> {
+        let count = active.queues.len();
+        let [receive, transmit]: [ActiveQueue; 2] =
+            active.queues.try_into().map_err(|_| Fault::Queues(count))?;
+        let receive = Ring::new("receive", receive, &active.memory, active.features)?;
+        let transmit = Ring::new("transmit", transmit, &active.memory, active.features)?;
+        let both = EventSet::IN | EventSet::OUT;
+        for (token, fd, events) in [
+            (KICK_RECEIVE, receive.kick(), EventSet::IN),
+            (KICK_TRANSMIT, transmit.kick(), EventSet::IN),
+            (TAP, device.tap().as_raw_fd(), both),
+        ] {
+            poll.watch(fd, events, token).map_err(Fault::Poll)?;
+        }
+        let spread = has(active.features, VIRTIO_NET_F_MRG_RXBUF)
+            .then(|| device.largest_frame(active.features));
+        Ok(Self {
+            device,
+            memory: active.memory,
+            interrupt: active.interrupt,
+            receive,
+            transmit,
+            poll,
+            spread,
+            readable: true,
+            writable: true,
+        })
+    }
+
+    /// Runs until stopped and gives the device back.
+    pub fn run(mut self) -> Box<Net> {
+        let memory = Memory::clone(&self.memory);
+        if let Err(fault) = self.serve(&memory) {
+            journal::write(format_args!(
+                "The net device stops until its driver resets it: {fault}."
+            ));
+            self.interrupt.needs_reset();
+            self.poll.wait_for_stop();
+        }
+        self.device
+    }
+
+    fn serve(&mut self, memory: &GuestMemoryMmap) -> Result<(), Fault> {
+        let mut buffers = Buffers::default();
+        loop {
+            let busy = self.transmit(memory)? | self.receive(memory, &mut buffers)?;
+            for wake in self.poll.wait(busy, None).map_err(Fault::Poll)? {
+                match wake.token {
+                    _ if wake.stop => return Ok(()),
+                    KICK_RECEIVE => self.receive.kicked(),
+                    KICK_TRANSMIT => self.transmit.kicked(),
+                    _ => {
+                        let failed = EventSet::ERROR | EventSet::HANG_UP;
+                        self.readable |= wake.events.intersects(EventSet::IN | failed);
+                        self.writable |= wake.events.intersects(EventSet::OUT | failed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends the guest's frames. Returns whether there may be more that can be sent.
+    fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Fault> {
+        let ring = &mut self.transmit;
+        let mut pieces = Vec::new();
+        for _ in 0..TURN {
+            if !self.writable {
+                break;
+            }
+            let Some(chain) = ring.next(memory)? else {
+                break;
+            };
+            let head = chain.head_index();
+            pieces.clear();
+            let bytes = collect(ring, memory, chain, false, &mut pieces)?;
+            if (SMALLEST_FRAME..=LARGEST_FRAME).contains(&bytes)
+                && let Err(error) = sys::write(self.device.tap(), &pieces)
+            {
+                match error.kind() {
+                    io::ErrorKind::Interrupted => {
+                        ring.give_back();
+                        continue;
+                    }
+                    io::ErrorKind::WouldBlock => {
+                        ring.give_back();
+                        self.writable = false;
+                        break;
+                    }
+                    // An interface that is down, or a header that makes no sense: a network may
+                    // lose frames.
+                    _ => {}
+                }
+            }
+            ring.put(memory, head, 0)?;
+        }
+        ring.notify(memory, &self.interrupt)?;
+        Ok(self.writable && ring.filled())
+    }
+
+    /// Reads frames for the guest. Returns whether there may be more that can be read.
+    fn receive<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        buffers: &mut Buffers<'m>,
+    ) -> Result<bool, Fault> {
+        let ring = &mut self.receive;
+        let mut more = true;
+        for _ in 0..TURN {
+            if !self.readable || !buffers.fill(ring, memory, self.spread)? {
+                more = false;
+                break;
+            }
+            let mut rest = [0];
+            match sys::read(self.device.tap(), buffers.pieces(), &mut rest) {
+                // Nothing carries frames without bytes: the other end is gone.
+                Ok(0) => self.readable = false,
+                Ok(count) if count > buffers.bytes() || count < SMALLEST_FRAME => {
+                    // Too long for the guest, or not a frame.
+                }
+                Ok(count) => buffers.put(ring, memory, count)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // No frame, or an interface that is down: the kernel tells when that changes.
+                Err(_) => self.readable = false,
+            }
+        }
+        ring.notify(memory, &self.interrupt)?;
+        Ok(more && self.readable)
+    }
+}
