@@ -1,6 +1,7 @@
 //! The running device, driven by a guest's side of its queues. A socket that keeps the bounds of
 //! packets stands in for the tap, and a real tap for itself.
 
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 
 use proptest::prelude::*;
@@ -269,6 +270,32 @@ fn frames_wait_until_the_guest_has_buffers() {
             assert_eq!(guest.frame(), numbered(frame(1000, seed), 1));
         }
         guest.running.stop();
+    }
+}
+
+#[test]
+fn a_frame_that_cannot_be_read_does_not_hold_up_those_behind_it() {
+    let tap = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let wire = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = wire.local_addr().unwrap();
+    tap.connect(address).unwrap();
+    let device = Box::new(Net::new(tap.try_clone().unwrap().into(), MAC, MTU).unwrap());
+    let mut guest = Guest::boot(device, EVENT_IDX, 0, 2048);
+    // While the guest has no buffers, the refusal of a datagram becomes an error for the next to
+    // read, and frames queue up behind it.
+    drop(wire);
+    tap.send(b"to nobody").unwrap();
+    let wire = UdpSocket::bind(address).unwrap();
+    wire.connect(tap.local_addr().unwrap()).unwrap();
+    for seed in 0..2 {
+        wire.send(&frame(100, seed)).unwrap();
+    }
+    for slot in 0..2 {
+        let at = RECEIVE_AT + slot * 2048;
+        guest.receive.offer(&[Buffer::write(at, 2048)]);
+    }
+    for seed in 0..2 {
+        assert_eq!(guest.frame(), numbered(frame(100, seed), 1));
     }
 }
 

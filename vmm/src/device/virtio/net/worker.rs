@@ -163,6 +163,7 @@ impl Worker {
     ) -> Result<bool, Fault> {
         let ring = &mut self.receive;
         let mut more = true;
+        let mut failures = 0;
         for _ in 0..TURN {
             if !self.readable || !buffers.fill(ring, memory, self.spread)? {
                 more = false;
@@ -177,10 +178,21 @@ impl Worker {
                 }
                 Ok(count) => buffers.put(ring, memory, count)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // No frame, or an interface that is down: the kernel tells when that changes.
-                Err(_) => self.readable = false,
+                // No frame, also of an interface that is down, or no interface: the kernel tells
+                // when that changes.
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock
+                        || error.raw_os_error() == Some(libc::EBADFD) =>
+                {
+                    self.readable = false;
+                }
+                // A frame that the tap could not hand over, such as one with a segmentation that
+                // the header has no number for, is lost; those behind it are not.
+                Err(_) => failures += 1,
             }
         }
+        // An error that stays is not asked for again until the kernel tells of something new.
+        self.readable &= failures < TURN;
         ring.notify(memory, &self.interrupt)?;
         Ok(more && self.readable)
     }
