@@ -1,6 +1,7 @@
 //! Bad input and broken machines: each gives a clear error and leaves nothing behind.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ suite! {
     guest_that_never_calls_shows_its_console,
     kernel_that_is_none_is_refused_by_name,
     missing_kernel_is_named,
+    vmm_that_refuses_to_run_says_why,
     vmm_that_dies_leaves_a_pod_that_can_be_removed,
 }
 
@@ -261,7 +263,10 @@ fn programs_with(node: &Node, name: &str, file: &str, contents: Option<&[u8]>) -
         let (from, to) = (node.programs().join(program), directory.join(program));
         match contents {
             None if program == file => {}
-            Some(contents) if program == file => fs::write(&to, contents)?,
+            Some(contents) if program == file => {
+                fs::write(&to, contents)?;
+                fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
+            }
             _ => drop(fs::copy(&from, &to).with_context(|| from.display().to_string())?),
         }
     }
@@ -333,6 +338,18 @@ fn missing_kernel_is_named(node: &Node) -> Result<()> {
     let codes = [Code::FailedPrecondition, Code::Unavailable];
     let message = pod_fails_with(node, "missing", ("vmlinux", None), &codes)?;
     ensure!(message.contains("vmlinux"), "{message}");
+    Ok(())
+}
+
+fn vmm_that_refuses_to_run_says_why(node: &Node) -> Result<()> {
+    // Like one of a version that does not know this server's configuration.
+    let program = b"#!/bin/sh\necho 'no version 9 is known here' >&2\nexit 3\n";
+    let replaced = ("bulkhead-vmm", Some(&program[..]));
+    let codes = [Code::Internal, Code::FailedPrecondition];
+    let message = pod_fails_with(node, "other-vmm", replaced, &codes)?;
+    for words in ["no version 9 is known here", "exit status: 3"] {
+        ensure!(message.contains(words), "{message}");
+    }
     Ok(())
 }
 

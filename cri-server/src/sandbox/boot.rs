@@ -21,7 +21,7 @@ use crate::cgroup::PodCgroup;
 use crate::deadline::Deadline;
 use crate::guest::{Guest, GuestError};
 use crate::network::PodNetwork;
-use crate::vm::{self, Ended, Vm};
+use crate::vm::{self, Ended, Vm, tail};
 
 /// Every VM has a vsock device of its own, so they may all have the same address.
 const GUEST_CID: u32 = 3;
@@ -30,9 +30,6 @@ const GUEST_CID: u32 = 3;
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=k random.trust_cpu=on";
 /// How long the end of killed processes is awaited.
 const CGROUP_END: Duration = Duration::from_secs(10);
-/// The most of the console that goes into an error, in bytes: it has to fit a gRPC trailer.
-const TAIL_BYTES: usize = 1536;
-
 /// How far a boot had come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -157,17 +154,11 @@ impl Ground<'_> {
     ) -> Result<Launch, SandboxError> {
         let artefacts = self.host.artefacts().map_err(SandboxError::Unavailable)?;
         let files = self.host.vm_files(&self.record.id);
-        let (control, exit_record, cgroup_procs) = blocking(move || {
+        let (control, exit_record, messages, cgroup_procs) = blocking(move || {
             let control = Control::listen(&files.control).map_err(at(&files.control))?;
-            let exit_record = std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&files.exit_record)
-                .map_err(at(&files.exit_record))?;
-            Ok((control, exit_record, cgroup.procs()?))
+            let exit_record = empty_file(&files.exit_record)?;
+            let messages = empty_file(&files.messages)?;
+            Ok((control, exit_record, messages, cgroup.procs()?))
         })
         .await?;
         let size = u64::from(self.host.config.vm.scratch_mib) << 20;
@@ -188,11 +179,11 @@ impl Ground<'_> {
             vcpus: self.host.config.vm.vcpus,
             guest_cid: GUEST_CID,
             control,
-            exit_record: exit_record.into(),
+            exit_record,
             console: None,
             devices: std::iter::once(disk).chain(cards).collect(),
             cgroup_procs: Some(cgroup_procs),
-            messages: None,
+            messages: Some(messages),
         })
     }
 
@@ -299,30 +290,6 @@ impl Live {
     }
 }
 
-/// The last whole lines of a console that fit an error; the guest's bytes, so only what can be
-/// shown.
-fn tail(console: &str) -> String {
-    let shown: String = console
-        .chars()
-        .filter(|c| *c == '\n' || !c.is_control())
-        .collect();
-    let mut start = shown.len().saturating_sub(TAIL_BYTES);
-    while !shown.is_char_boundary(start) {
-        start += 1;
-    }
-    let rest = shown.get(start..).unwrap_or_default();
-    let rest = match rest.split_once('\n') {
-        Some((_, whole)) if start > 0 => whole,
-        _ => rest,
-    };
-    let rest = rest.trim();
-    if rest.is_empty() {
-        "(nothing)".to_owned()
-    } else {
-        rest.to_owned()
-    }
-}
-
 fn interface(interface: &crate::network::Interface) -> v1::Interface {
     let bytes = |address: std::net::IpAddr| match address {
         std::net::IpAddr::V4(address) => address.octets().to_vec(),
@@ -358,6 +325,18 @@ fn make_directory(path: &Path) -> Result<(), SandboxError> {
     made.map_err(at(path))
 }
 
+fn empty_file(path: &Path) -> Result<OwnedFd, SandboxError> {
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    opened.map(OwnedFd::from).map_err(at(path))
+}
+
 fn at(path: &Path) -> impl FnOnce(std::io::Error) -> SandboxError + use<> {
     let path = path.to_owned();
     move |source| SandboxError::File { path, source }
@@ -377,18 +356,5 @@ pub async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(SandboxError::Broken(error.to_string())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_consoles_tail_is_whole_lines_that_can_be_shown() {
-        assert_eq!(tail(""), "(nothing)");
-        assert_eq!(tail("\u{1b}[1mpanic\r\n"), "[1mpanic");
-        let long = format!("{}\nlast line\n", "é".repeat(TAIL_BYTES));
-        assert_eq!(tail(&long), "last line");
     }
 }

@@ -3,10 +3,12 @@
 mod process;
 mod session;
 mod sys;
+mod tail;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bulkhead_vmm_api::control::{Action, Reply};
 use bulkhead_vmm_api::{Control, ExitRecord, Launch, LaunchError, OpenDevice};
@@ -16,9 +18,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::deadline::{Deadline, Passed};
 
 pub use process::Process;
+pub use tail::tail;
 
 /// Streams the guest has dialled and nobody has taken yet, at most; further ones are refused.
 pub const WAITING_STREAMS: usize = 16;
+
+/// How long the end of a VMM whose socket is closed may take to be seen.
+const END_SEEN: Duration = Duration::from_secs(2);
 
 /// Where a VMM's files are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +33,8 @@ pub struct Files {
     pub control: PathBuf,
     /// The exit record.
     pub exit_record: PathBuf,
+    /// What the VMM writes to its standard error.
+    pub messages: PathBuf,
 }
 
 impl Files {
@@ -35,6 +43,7 @@ impl Files {
         Self {
             control: directory.join("control.sock"),
             exit_record: directory.join("exit.json"),
+            messages: directory.join("messages"),
         }
     }
 }
@@ -133,27 +142,36 @@ impl Vm {
         port: u32,
         streams: mpsc::Sender<UnixStream>,
     ) -> Result<Self, VmError> {
-        let path = files.control.clone();
-        let control = blocking("connect to", &files.control, move || {
-            Control::connect(&path)
-        });
-        let control = control.await?;
-        let (asks, requests) = mpsc::channel(WAITING_STREAMS);
-        let session = session::Session::new(control, requests, port, streams)
-            .map_err(file("watch", &files.control))?;
-        tokio::spawn(session.run());
         let (end, ended) = watch::channel(None);
-        let watched = process::Watch::new(pidfd, child, files.exit_record.clone())
+        let watched = process::Watch::new(pidfd, child, files.clone())
             .map_err(file("watch", &files.control))?;
         tokio::spawn(async move {
             // Nobody may be interested any more.
             let _ = end.send(Some(watched.end().await));
         });
-        Ok(Self {
+        let (asks, requests) = mpsc::channel(WAITING_STREAMS);
+        let vm = Self {
             process,
             asks,
             ended,
-        })
+        };
+        let path = files.control.clone();
+        let connect = move || Control::connect(&path);
+        let control = match blocking("connect to", &files.control, connect).await {
+            Ok(control) => control,
+            // Nobody listens once the VMM has ended: why it has is the better answer.
+            Err(error) => {
+                let patience = Deadline::after(END_SEEN);
+                return Err(match patience.bound(vm.wait()).await {
+                    Ok(ended) => VmError::Ended(ended.reason),
+                    Err(Passed) => error,
+                });
+            }
+        };
+        let session = session::Session::new(control, requests, port, streams)
+            .map_err(file("watch", &files.control))?;
+        tokio::spawn(session.run());
+        Ok(vm)
     }
 
     /// The process, as a record keeps it.
@@ -235,7 +253,7 @@ impl Vm {
             Ok(ended) => Ok(ended),
             Err(Passed) => {
                 self.process.kill();
-                let patience = Deadline::after(std::time::Duration::from_secs(5));
+                let patience = Deadline::after(Duration::from_secs(5));
                 let ended = patience.bound(self.wait()).await;
                 ended.map_err(|Passed| VmError::Late("end"))
             }
@@ -272,7 +290,7 @@ impl Vm {
             }),
             Ok(Err(None)) => {
                 // The socket closes a moment before the process is gone.
-                let patience = deadline.at_most(std::time::Duration::from_secs(2));
+                let patience = deadline.at_most(END_SEEN);
                 match patience.bound(self.wait()).await {
                     Ok(ended) => Err(VmError::Ended(ended.reason)),
                     Err(Passed) => Err(VmError::Ended("its control socket is closed".to_owned())),

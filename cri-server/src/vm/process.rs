@@ -2,14 +2,14 @@
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::sys::{Watched, watch};
-use super::{Ended, exit_record};
+use super::tail::{end_of_file, tail};
+use super::{Ended, Files, exit_record};
 
 /// A process that is not taken for a later one with the same pid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,20 +65,16 @@ impl Process {
 pub struct Watch {
     pidfd: AsyncFd<Watched<OwnedFd>>,
     child: Option<bulkhead_vmm_api::Vmm>,
-    exit_record: PathBuf,
+    files: Files,
 }
 
 impl Watch {
     /// Watches the process of `pidfd`, which is `child` if this server has started it.
-    pub fn new(
-        pidfd: OwnedFd,
-        child: Option<bulkhead_vmm_api::Vmm>,
-        exit_record: PathBuf,
-    ) -> Result<Self> {
+    pub fn new(pidfd: OwnedFd, child: Option<bulkhead_vmm_api::Vmm>, files: Files) -> Result<Self> {
         Ok(Self {
             pidfd: watch(pidfd)?,
             child,
-            exit_record,
+            files,
         })
     }
 
@@ -89,18 +85,19 @@ impl Watch {
         }
         let read = tokio::task::spawn_blocking(move || {
             let status = self.child.as_mut().and_then(|child| child.wait().ok());
-            (status, exit_record(&self.exit_record))
+            exit_record(&self.files.exit_record).ok_or_else(|| {
+                let ended = status.map_or_else(String::new, |status| format!(" ({status})"));
+                let said = tail(&end_of_file(&self.files.messages));
+                format!("the VMM left no exit record{ended}. The end of its messages:\n{said}")
+            })
         });
         match read.await {
-            Ok((_, Some(record))) => Ended {
+            Ok(Ok(record)) => Ended {
                 reason: record.reason.to_string(),
                 console_tail: record.console_tail,
             },
-            Ok((status, None)) => Ended {
-                reason: match status {
-                    Some(status) => format!("the VMM left no exit record ({status})"),
-                    None => "the VMM left no exit record".to_owned(),
-                },
+            Ok(Err(reason)) => Ended {
+                reason,
                 console_tail: String::new(),
             },
             Err(error) => Ended {
