@@ -10,7 +10,7 @@ use bulkhead_cri_api::v1::runtime_service_client::RuntimeServiceClient;
 use bulkhead_cri_api::v1::*;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 /// Longest time a call may take. The bed emulates its processors, so this is generous.
 const CALL_LIMIT: Duration = Duration::from_secs(180);
@@ -135,6 +135,23 @@ impl Cri {
         list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
         /// `ListPodSandboxMetrics`.
         list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
+        /// `UpdateRuntimeConfig`.
+        update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;
+        /// `StreamPodSandboxes`.
+        stream_pod_sandboxes(StreamPodSandboxesRequest) -> Streaming<StreamPodSandboxesResponse>;
+        /// `StreamContainers`.
+        stream_containers(StreamContainersRequest) -> Streaming<StreamContainersResponse>;
+        /// `StreamContainerStats`.
+        stream_container_stats(StreamContainerStatsRequest)
+            -> Streaming<StreamContainerStatsResponse>;
+        /// `StreamPodSandboxStats`.
+        stream_pod_sandbox_stats(StreamPodSandboxStatsRequest)
+            -> Streaming<StreamPodSandboxStatsResponse>;
+        /// `StreamPodSandboxMetrics`.
+        stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest)
+            -> Streaming<StreamPodSandboxMetricsResponse>;
+        /// `GetContainerEvents`.
+        get_container_events(GetEventsRequest) -> Streaming<ContainerEventResponse>;
     }
 
     image_calls! {

@@ -1,12 +1,14 @@
-//! What pods may leave behind: processes, mounts, network namespaces, interfaces, cgroups, files.
+//! What pods may leave behind: processes, mounts, network namespaces, interfaces, cgroups, files,
+//! and open descriptors of the server.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::server::Runtime;
 use crate::{Node, Server};
 
 /// How long what was removed may take to be gone.
@@ -32,6 +34,9 @@ impl Machine {
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
         for directory in server.pod_state() {
             files(&directory, &mut found);
+        }
+        if server.runtime() == Runtime::Bulkhead {
+            descriptors(server.pid(), &mut found)?;
         }
         Ok(Self(found))
     }
@@ -173,4 +178,48 @@ fn files(directory: &PathBuf, found: &mut BTreeSet<String>) {
         }
         found.insert(format!("file {}", path.display()));
     }
+}
+
+/// What the server has open, by kind; the n-th of a kind is a line of its own, so that one more
+/// than before is seen whatever its number.
+///
+/// Connections over TCP do not count: those to a registry are kept for the next request and go
+/// away by themselves.
+fn descriptors(server: u32, found: &mut BTreeSet<String>) -> Result<()> {
+    let of_tcp = tcp_sockets(server)?;
+    let mut kinds = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{server}/fd"))? {
+        // One that is closed while it is looked at is none.
+        let Ok(target) = fs::read_link(entry?.path()) else {
+            continue;
+        };
+        let target = target.display().to_string();
+        if of_tcp.contains(&target) {
+            continue;
+        }
+        // `socket:[4711]` and `pipe:[4711]`, but `anon_inode:[pidfd]` and paths.
+        let kind = match target.split_once(":[") {
+            Some((kind @ ("socket" | "pipe"), _)) => kind.to_owned(),
+            _ => target,
+        };
+        let count = kinds.entry(kind.clone()).or_insert(0u32);
+        *count += 1;
+        found.insert(format!("descriptor {count} of {kind}"));
+    }
+    Ok(())
+}
+
+/// Targets of the descriptors that are TCP sockets, in a process's network namespace.
+fn tcp_sockets(process: u32) -> Result<BTreeSet<String>> {
+    let mut sockets = BTreeSet::new();
+    for table in ["tcp", "tcp6"] {
+        let path = format!("/proc/{process}/net/{table}");
+        let rows = fs::read_to_string(&path).context(path)?;
+        let inodes = rows
+            .lines()
+            .skip(1)
+            .filter_map(|row| row.split_whitespace().nth(9));
+        sockets.extend(inodes.map(|inode| format!("socket:[{inode}]")));
+    }
+    Ok(sockets)
 }

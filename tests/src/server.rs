@@ -203,6 +203,11 @@ impl Server {
         self.child.id()
     }
 
+    /// Which one it is.
+    pub fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
     /// Where it serves the CRI.
     pub fn socket(&self) -> PathBuf {
         self.home.join("run/cri.sock")

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
-use bulkhead_tests::cri::{Answer, labels, refused};
+use bulkhead_tests::cri::{labels, refused};
 use bulkhead_tests::request::{self, Pod, pod_security, shell, sleeper};
 use bulkhead_tests::{Node, suite};
 use tonic::Code;
@@ -454,50 +454,33 @@ fn host_namespaces_are_refused_by_name(node: &Node) -> Result<()> {
 }
 
 fn calls_that_are_not_there_answer_unimplemented(node: &Node) -> Result<()> {
-    fn expect<T>(call: &str, answer: Answer<T>) -> Result<()> {
-        refused(answer, &[Code::Unimplemented])
-            .map(drop)
-            .context(call.to_owned())
-    }
     let cri = node.cri()?;
-    expect("Exec", cri.exec(ExecRequest::default()))?;
-    expect("Attach", cri.attach(AttachRequest::default()))?;
-    expect(
-        "PortForward",
-        cri.port_forward(PortForwardRequest::default()),
-    )?;
-    let request = CheckpointContainerRequest::default();
-    expect("CheckpointContainer", cri.checkpoint_container(request))?;
-    let request = UpdateContainerResourcesRequest::default();
-    expect(
-        "UpdateContainerResources",
-        cri.update_container_resources(request),
-    )?;
-    let request = UpdatePodSandboxResourcesRequest::default();
-    expect(
-        "UpdatePodSandboxResources",
-        cri.update_pod_sandbox_resources(request),
-    )?;
-    expect(
-        "ContainerStats",
-        cri.container_stats(ContainerStatsRequest::default()),
-    )?;
-    let request = ListContainerStatsRequest::default();
-    expect("ListContainerStats", cri.list_container_stats(request))?;
-    expect(
-        "PodSandboxStats",
-        cri.pod_sandbox_stats(PodSandboxStatsRequest::default()),
-    )?;
-    let request = ListPodSandboxStatsRequest::default();
-    expect("ListPodSandboxStats", cri.list_pod_sandbox_stats(request))?;
-    let request = ListMetricDescriptorsRequest::default();
-    expect(
-        "ListMetricDescriptors",
-        cri.list_metric_descriptors(request),
-    )?;
-    let request = ListPodSandboxMetricsRequest::default();
-    expect(
-        "ListPodSandboxMetrics",
-        cri.list_pod_sandbox_metrics(request),
-    )
+    macro_rules! expect_unimplemented {
+        ($($call:ident,)*) => { $(
+            let answer = cri.$call(Default::default());
+            refused(answer, &[Code::Unimplemented]).context(stringify!($call))?;
+        )* };
+    }
+    expect_unimplemented! {
+        exec,
+        attach,
+        port_forward,
+        checkpoint_container,
+        update_container_resources,
+        update_pod_sandbox_resources,
+        update_runtime_config,
+        container_stats,
+        list_container_stats,
+        stream_container_stats,
+        pod_sandbox_stats,
+        list_pod_sandbox_stats,
+        stream_pod_sandbox_stats,
+        list_metric_descriptors,
+        list_pod_sandbox_metrics,
+        stream_pod_sandbox_metrics,
+        stream_pod_sandboxes,
+        stream_containers,
+        get_container_events,
+    }
+    Ok(())
 }
