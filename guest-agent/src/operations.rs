@@ -141,13 +141,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failures_are_remembered_too() {
+    async fn a_failure_is_remembered_and_another_attempt_is_made_anew() {
         let operations = Operations::default();
         for message in ["first", "second"] {
             let work = async move { Err::<StartContainerResponse, _>(Status::not_found(message)) };
             let status = operations.once("Start", "a", work).await.unwrap_err();
             assert_eq!(status.message(), "first");
         }
+        let anew = operations.once("Start", "b", async { Ok(started(7)) });
+        assert_eq!(anew.await.unwrap(), started(7));
     }
 
     #[tokio::test]

@@ -192,7 +192,7 @@ impl Ground<'_> {
         let linux = config.linux.clone().unwrap_or_default();
         let security = linux.security_context.unwrap_or_default();
         let namespaces = security.namespace_options.unwrap_or_default();
-        let entropy = host::random().map_err(|source| SandboxError::Random(source.to_string()))?;
+        let entropy = host::random()?;
         Ok(v1::PrepareRequest {
             operation_id: "prepare".to_owned(),
             hostname: self.record.hostname.clone(),

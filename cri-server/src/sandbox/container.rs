@@ -58,7 +58,7 @@ impl Owner {
         let (image_id, image_ref) = (image.id.clone(), image.reference.clone());
         let image_serial = self.attach(&live, image, deadline).await?;
 
-        let id = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+        let id = new_id()?;
         let request = v1::CreateContainerRequest {
             operation_id: format!("create-{id}"),
             container_id: id.clone(),
@@ -145,7 +145,7 @@ impl Owner {
         if !self.record.disks.contains_key(&image.id) {
             let device = image.open().await?;
             // The disk may have been here before: not the same operation.
-            let operation = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+            let operation = new_id()?;
             let window = live.vm.attach(operation.clone(), device, deadline).await?;
             let request = v1::AttachDiskRequest {
                 operation_id: operation.clone(),
@@ -195,6 +195,8 @@ impl Owner {
         let log = Log::open(container.log_path.clone()).await?;
         let streams = Streams::open(&live, id, deadline).await?;
         let request = v1::StartContainerRequest {
+            // The agent starts a container once. What it answered stays true, and an answer that
+            // was lost is given again when the client tries again.
             operation_id: format!("start-{id}"),
             container_id: id.to_owned(),
         };
@@ -280,7 +282,7 @@ impl Owner {
         }
         if let Ok(live) = self.live() {
             let request = v1::RemoveContainerRequest {
-                operation_id: format!("remove-{id}"),
+                operation_id: new_id()?,
                 container_id: id.to_owned(),
             };
             let limit = Deadline::after(self.host.config.vm.boot_timeout());
@@ -310,7 +312,7 @@ impl Owner {
         };
         let limit = Deadline::after(self.host.config.vm.boot_timeout());
         let detached = async {
-            let operation = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+            let operation = new_id()?;
             let request = v1::DetachDiskRequest {
                 operation_id: operation.clone(),
                 window: disk.window.into(),
@@ -409,8 +411,11 @@ async fn end(live: &Live, id: &str) -> Result<v1::Exit, String> {
 
 /// Removes what a failed creation may have left in the guest.
 async fn forget(live: &Live, id: &str) {
+    let Ok(operation_id) = new_id() else {
+        return;
+    };
     let request = v1::RemoveContainerRequest {
-        operation_id: format!("forget-{id}"),
+        operation_id,
         container_id: id.to_owned(),
     };
     let limit = Deadline::after(std::time::Duration::from_secs(10));

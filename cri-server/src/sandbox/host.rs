@@ -137,17 +137,21 @@ impl Host {
 }
 
 /// Bytes nobody can guess.
-pub fn random() -> std::io::Result<[u8; 32]> {
+pub fn random() -> Result<[u8; 32], SandboxError> {
     let mut bytes = [0; 32];
     // Requests of up to 256 bytes are answered whole.
-    match rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())? {
-        32 => Ok(bytes),
-        count => Err(std::io::Error::other(format!("only {count} random bytes"))),
+    match rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()) {
+        Ok(32) => Ok(bytes),
+        Ok(count) => Err(SandboxError::Random(format!("only {count} bytes came"))),
+        Err(error) => Err(SandboxError::Random(error.to_string())),
     }
 }
 
 /// A new id for a pod, a container or an operation: 64 hexadecimal digits.
-pub fn new_id() -> std::io::Result<String> {
+///
+/// Guest and VMM remember what they answered to an operation, failures too. So each attempt is an
+/// operation of its own; only what can be done but once keeps its id when it is asked for again.
+pub fn new_id() -> Result<String, SandboxError> {
     Ok(hexadecimal(&random()?))
 }
 

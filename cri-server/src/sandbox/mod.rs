@@ -136,7 +136,7 @@ impl Sandboxes {
             return Err(SandboxError::Handler(handler));
         }
         let metadata = check(&config)?;
-        let id = host::new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+        let id = host::new_id()?;
         let place = Place::reserve(&self.index, &metadata, &id)?;
         let checked = Arc::clone(&self.host);
         boot::blocking(move || checked.ready().map_err(SandboxError::Unavailable)).await?;

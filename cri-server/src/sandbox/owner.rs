@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::boot::{Ground, Live};
-use super::host::{self, Host};
+use super::host::{self, Host, new_id};
 use super::pod::{KILL, Pod, View};
 use super::record::Record;
 use super::state::{ContainerState, PodState};
@@ -378,8 +378,8 @@ impl Owner {
 
     async fn stop(&mut self) -> Result<(), SandboxError> {
         if let Some(live) = self.live.clone() {
-            self.kill_containers(&live).await;
-            let operation = format!("stop-{}", self.record.id);
+            self.kill_containers(&live).await?;
+            let operation = new_id()?;
             let limit = Deadline::after(GUEST_END);
             let request = v1::ShutdownRequest {
                 operation_id: operation.clone(),
@@ -403,7 +403,7 @@ impl Owner {
         Ok(())
     }
 
-    async fn kill_containers(&mut self, live: &Live) {
+    async fn kill_containers(&mut self, live: &Live) -> Result<(), SandboxError> {
         let running: Vec<String> = self
             .record
             .containers
@@ -413,7 +413,7 @@ impl Owner {
             .collect();
         for id in &running {
             let request = v1::SignalRequest {
-                operation_id: format!("stop-{id}"),
+                operation_id: new_id()?,
                 container_id: id.clone(),
                 exec_id: String::new(),
                 signal: KILL,
@@ -425,6 +425,7 @@ impl Owner {
             }
         }
         self.drain_events(CONTAINERS_END).await;
+        Ok(())
     }
 
     async fn remove(&mut self) -> Result<(), SandboxError> {

@@ -169,7 +169,7 @@ impl Pod {
         running(container)?;
         let process = exec_process(&container.process, command)?;
         let guest = Arc::clone(&view.live()?.guest);
-        let exec_id = new_id().map_err(|error| SandboxError::Random(error.to_string()))?;
+        let exec_id = new_id()?;
         Ok(exec::run(guest, id.to_owned(), exec_id, &process, limit).await?)
     }
 
@@ -181,7 +181,7 @@ impl Pod {
         all: bool,
     ) -> Result<(), SandboxError> {
         let request = SignalRequest {
-            operation_id: new_id().map_err(|error| SandboxError::Random(error.to_string()))?,
+            operation_id: new_id()?,
             container_id: id.to_owned(),
             exec_id: String::new(),
             signal,

@@ -109,7 +109,7 @@ impl Record {
         runtime_handler: String,
         boot: &str,
     ) -> Result<Self, SandboxError> {
-        let secret = host::random().map_err(|error| SandboxError::Random(error.to_string()))?;
+        let secret = host::random()?;
         let hostname = match config.hostname.as_str() {
             "" => id.chars().take(12).collect(),
             name => name.to_owned(),
