@@ -118,20 +118,13 @@ impl Owner {
             Ok(files?)
         };
         let mut files = blocking(read).await?;
-        let identity = file::identity(&files, &self.record.hostname, &self.addresses());
+        let identity = file::identity(
+            &files,
+            &self.record.hostname,
+            &self.record.state.addresses(),
+        );
         files.extend(identity);
         Ok(files)
-    }
-
-    fn addresses(&self) -> Vec<String> {
-        let PodState::Ready { network, .. } = &self.record.state else {
-            return Vec::new();
-        };
-        let interfaces = network.interfaces.iter();
-        let addresses = interfaces.flat_map(|interface| &interface.addresses);
-        addresses
-            .map(|address| address.address.to_string())
-            .collect()
     }
 
     /// Makes sure that the image's disk is in the VM; returns the disk's serial.

@@ -27,6 +27,20 @@ pub enum PodState {
     },
 }
 
+impl PodState {
+    /// The pod's addresses, the main one first; none of a pod that is not ready.
+    pub fn addresses(&self) -> Vec<String> {
+        let Self::Ready { network, .. } = self else {
+            return Vec::new();
+        };
+        let interfaces = network.interfaces.iter();
+        let addresses = interfaces.flat_map(|interface| &interface.addresses);
+        addresses
+            .map(|address| address.address.to_string())
+            .collect()
+    }
+}
+
 /// The life of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -27,8 +27,7 @@ pub fn pod_status(view: &View) -> cri::PodSandboxStatus {
     let options = linux
         .security_context
         .and_then(|context| context.namespace_options);
-    let addresses = addresses(&record.state);
-    let mut rest = addresses.iter().cloned();
+    let mut rest = record.state.addresses().into_iter();
     let network = cri::PodSandboxNetworkStatus {
         ip: rest.next().unwrap_or_default(),
         additional_ips: rest.map(|ip| cri::PodIp { ip }).collect(),
@@ -67,17 +66,6 @@ pub fn pod_info(view: &View) -> HashMap<String, String> {
         "disks": record.disks,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
-}
-
-fn addresses(state: &PodState) -> Vec<String> {
-    let PodState::Ready { network, .. } = state else {
-        return Vec::new();
-    };
-    let interfaces = network.interfaces.iter();
-    let addresses = interfaces.flat_map(|interface| &interface.addresses);
-    addresses
-        .map(|address| address.address.to_string())
-        .collect()
 }
 
 fn pod_state(view: &View) -> cri::PodSandboxState {

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,17 +32,9 @@ const WORD_LIMIT: Duration = Duration::from_secs(60);
 /// Moments of one start by their names, nanoseconds after the first call.
 type Moments = BTreeMap<&'static str, u64>;
 
-fn main() -> ExitCode {
-    match measure() {
-        Ok(figures) => {
-            println!("{figures}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("pod-clock: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+fn main() -> Result<()> {
+    println!("{}", measure()?);
+    Ok(())
 }
 
 fn measure() -> Result<serde_json::Value> {

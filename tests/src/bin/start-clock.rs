@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -17,17 +17,9 @@ use bulkhead_vmm_api::{Control, Launch, Vmm};
 /// Guest memory, MiB.
 const MEMORY: u32 = 256;
 
-fn main() -> ExitCode {
-    match measure() {
-        Ok(figures) => {
-            println!("{figures}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("start-clock: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+fn main() -> Result<()> {
+    println!("{}", measure()?);
+    Ok(())
 }
 
 fn measure() -> Result<serde_json::Value> {

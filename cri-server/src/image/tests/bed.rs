@@ -325,19 +325,9 @@ impl Registry {
     ) -> Digest {
         let bytes = serde_json::to_vec(manifest).unwrap();
         let digest = Digest::of(&bytes);
-        let answer = self
-            .client
-            .put(self.url(&format!("{repository}/manifests/{tag}")))
-            .header("Content-Type", media_type)
-            .body(bytes)
-            .send()
-            .await
-            .unwrap();
-        assert!(
-            answer.status().is_success(),
-            "{}",
-            answer.text().await.unwrap()
-        );
+        let url = self.url(&format!("{repository}/manifests/{tag}"));
+        let request = self.client.put(url).header("Content-Type", media_type);
+        accepted(request.body(bytes)).await;
         digest
     }
 
@@ -346,18 +336,7 @@ impl Registry {
         let answer = self.client.post(start).send().await.unwrap();
         let upload = answer.headers()["location"].to_str().unwrap().to_string();
         let upload = format!("{upload}&digest={}", Digest::of(bytes));
-        let answer = self
-            .client
-            .put(upload)
-            .body(bytes.to_vec())
-            .send()
-            .await
-            .unwrap();
-        assert!(
-            answer.status().is_success(),
-            "{}",
-            answer.text().await.unwrap()
-        );
+        accepted(self.client.put(upload).body(bytes.to_vec())).await;
     }
 
     /// The file the registry serves a blob from.
@@ -368,6 +347,13 @@ impl Registry {
             &hex[..2]
         ))
     }
+}
+
+/// Sends what the registry has to accept.
+async fn accepted(request: reqwest::RequestBuilder) {
+    let answer = request.send().await.unwrap();
+    let status = answer.status();
+    assert!(status.is_success(), "{}", answer.text().await.unwrap());
 }
 
 impl Drop for Registry {
