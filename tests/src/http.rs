@@ -6,11 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
+/// After how long a silent server is taken for dead. Emulation on a busy machine is slow.
+const SILENCE: Duration = Duration::from_secs(300);
+
 /// Connects as soon as somebody listens.
 pub fn connect(address: SocketAddr) -> Result<TcpStream> {
     for _ in 0..300 {
         if let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_secs(5)) {
-            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+            stream.set_read_timeout(Some(SILENCE))?;
             return Ok(stream);
         }
         std::thread::sleep(Duration::from_millis(100));

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bulkhead_tests::http::{connect, fetch};
 use bulkhead_tests::request::{container, shell, sleeper};
 use bulkhead_tests::{Node, suite};
@@ -97,10 +97,17 @@ fn large_transfers_arrive_whole(node: &Node) -> Result<()> {
     let cri = node.cri()?;
     let pod = node.pod("transfer")?;
     let line = format!("seq 2000000 | head -c {BYTES} | nc -l -p 9000");
-    pod.start(&shell("sender", &node.base()?, &line))?;
+    let id = pod.start(&shell("sender", &node.base()?, &line))?;
     let mut stream = connect(SocketAddr::new(cri.pod_ip(&pod.id)?, 9000))?;
     let mut received = Vec::new();
-    stream.read_to_end(&mut received)?;
+    if let Err(error) = stream.read_to_end(&mut received) {
+        let guest = "cat /proc/net/dev /proc/net/tcp /proc/net/snmp /proc/interrupts";
+        let seen = cri.shell(&id, guest);
+        bail!(
+            "{error} after {} bytes; the guest: {seen:?}",
+            received.len()
+        );
+    }
     let mut wanted = String::new();
     for number in 1..=2_000_000 {
         wanted.push_str(&format!("{number}\n"));

@@ -92,7 +92,7 @@ pub fn start(
     let entry = boot.load(&memory)?;
     let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
 
-    let wires = Arc::new(KvmWires(vm.clone()));
+    let wires = Arc::new(KvmWires::new(vm.clone()));
     let windows: Vec<Window> = (0..WINDOWS)
         .map(|window| {
             let (address, pin) = (layout::window_address(window), layout::window_pin(window));

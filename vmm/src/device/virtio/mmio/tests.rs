@@ -29,11 +29,9 @@ impl Wires for FakeWires {
             .retain(|connected| *connected != queue);
     }
 
-    fn connect_interrupt(&self, _: u32, _: &EventFd) -> Result<()> {
-        Ok(())
+    fn interrupt_line(&self, _: u32) -> Result<Arc<EventFd>> {
+        Ok(Arc::new(EventFd::new(0)?))
     }
-
-    fn disconnect_interrupt(&self, _: u32, _: &EventFd) {}
 }
 
 /// A device with two queues that remembers, in its configuration, how often it ran.

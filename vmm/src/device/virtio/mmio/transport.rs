@@ -112,10 +112,8 @@ impl Transport {
         if self.occupant.is_some() {
             return Err(AttachError::Occupied);
         }
-        let line = event().map_err(AttachError::Interrupt)?;
-        self.wires
-            .connect_interrupt(self.pin, &line)
-            .map_err(AttachError::Interrupt)?;
+        let line = self.wires.interrupt_line(self.pin);
+        let line = line.map_err(AttachError::Interrupt)?;
         let sizes = device.queue_sizes();
         self.occupant = Some(Occupant {
             kind: device.kind(),
@@ -123,7 +121,7 @@ impl Transport {
             config: device.config().to_vec(),
             queues: sizes.iter().map(|size| Setup::new(*size)).collect(),
             life: Life::Idle(device),
-            line: Arc::new(line),
+            line,
         });
         self.reset();
         self.generation = self.generation.wrapping_add(1);
@@ -136,7 +134,6 @@ impl Transport {
             // Linux notices the device once more when its driver has let it go.
             Life::Idle(device) if self.status & DRIVER == 0 => {
                 self.status = 0;
-                self.wires.disconnect_interrupt(self.pin, &occupant.line);
                 self.generation = self.generation.wrapping_add(1);
                 Ok(device)
             }

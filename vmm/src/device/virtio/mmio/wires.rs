@@ -1,6 +1,7 @@
 //! What connects a window to the vCPUs.
 
 use std::io::Result;
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -10,8 +11,7 @@ pub trait Wires: Send + Sync {
     fn connect_kick(&self, address: u64, queue: u32, event: &EventFd) -> Result<()>;
     /// Undoes [`Wires::connect_kick`].
     fn disconnect_kick(&self, address: u64, queue: u32, event: &EventFd);
-    /// Writing `event` shall raise interrupt `pin`, as an edge.
-    fn connect_interrupt(&self, pin: u32, event: &EventFd) -> Result<()>;
-    /// Undoes [`Wires::connect_interrupt`].
-    fn disconnect_interrupt(&self, pin: u32, event: &EventFd);
+    /// The event that raises interrupt `pin`, as an edge, when it is written. Windows that share
+    /// a pin get the same event.
+    fn interrupt_line(&self, pin: u32) -> Result<Arc<EventFd>>;
 }
