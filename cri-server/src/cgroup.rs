@@ -169,8 +169,9 @@ impl Hierarchy {
 pub struct Limits {
     /// `memory.max` in bytes: guest memory, VMM and file server together.
     pub memory_bytes: Option<u64>,
-    /// `cpu.max`: microseconds of CPU time in each period of so many microseconds.
-    pub cpu: Option<(u64, u64)>,
+    /// `cpu.max`: microseconds of CPU time, or as much as there is, in each period of so many
+    /// microseconds.
+    pub cpu: Option<(Option<u64>, u64)>,
     /// `cpu.weight`, 1 to 10000.
     pub cpu_weight: Option<u64>,
     /// `pids.max`: threads of the VMM and its helpers.
@@ -270,9 +271,10 @@ impl PodCgroup {
             ),
             (
                 "cpu.max",
-                limits
-                    .cpu
-                    .map(|(quota, period)| format!("{quota} {period}")),
+                limits.cpu.map(|(quota, period)| match quota {
+                    Some(quota) => format!("{quota} {period}"),
+                    None => format!("max {period}"),
+                }),
             ),
             (
                 "cpu.weight",

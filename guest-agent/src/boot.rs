@@ -171,6 +171,9 @@ fn open_cgroups() -> Result<(), BootError> {
             }
         }
     }
+    if let Err(error) = crate::container::cgroup::bound_pod() {
+        console::say(&error.to_string());
+    }
     Ok(())
 }
 

@@ -14,6 +14,7 @@ mod sandbox;
 mod service;
 mod stdio;
 mod sys;
+mod usage;
 
 use std::process::ExitCode;
 

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tonic::Status;
 
 /// How many finished operations are remembered.
-const REMEMBERED: usize = 1024;
+const REMEMBERED: usize = 256;
 /// Longest operation id, in bytes.
 const LONGEST_ID: usize = 128;
 

@@ -15,6 +15,7 @@ use rustix::time::{ClockId, Timespec};
 use tokio::sync::watch;
 
 use crate::container::plan::{self, Places};
+use crate::container::spec::Resources;
 use crate::container::{
     self, Cgroup, Container, ContainerError, Endpoint, NewContainer, PlanError, Surroundings, off,
     pause, user,
@@ -137,6 +138,10 @@ impl Sandbox {
             ));
         }
         self.disks.scratch(request.scratch_serial.clone()).await?;
+        if !request.resources.is_empty() {
+            let limits = plan::read_resources(&request.resources).map_err(ContainerError::from)?;
+            limit_pod(limits).await?;
+        }
         let prepared = off(move || prepare(request)).await??;
         self.prepared
             .set(prepared)
@@ -226,6 +231,24 @@ impl Sandbox {
         }
     }
 
+    /// Changes limits of a container, or of the group around all of them when `id` is empty.
+    pub async fn update(
+        &self,
+        id: &str,
+        resources: &[u8],
+        oom_score: Option<i32>,
+    ) -> Result<(), SandboxError> {
+        let resources = plan::read_resources(resources).map_err(ContainerError::from)?;
+        if let Some(score) = oom_score.filter(|score| !(-1000..=1000).contains(score)) {
+            let what = format!("oom_score_adj {score} is not within -1000 and 1000");
+            return Err(SandboxError::Invalid(what));
+        }
+        match id {
+            "" => limit_pod(resources).await,
+            id => Ok(self.container(id)?.update(resources, oom_score).await?),
+        }
+    }
+
     /// Removes a container that does not run.
     pub async fn remove(&self, id: &str) -> Result<(), SandboxError> {
         self.container(id)?.remove().await?;
@@ -275,6 +298,11 @@ impl Sandbox {
         }
         Ok(self.disks.finish().await?)
     }
+}
+
+async fn limit_pod(resources: Resources) -> Result<(), SandboxError> {
+    let done = off(move || Cgroup::pod().update(&resources)).await?;
+    Ok(done.map_err(ContainerError::from)?)
 }
 
 /// Sets the wall clock, in nanoseconds since 1970.

@@ -7,12 +7,13 @@ use bulkhead_agent_api::v1::{self as api, container_state};
 use tonic::{Request, Response, Status};
 
 use crate::container::{
-    CgroupError, ContainerError, Exit, NewExec, PlanError, State, Target, Which, plan,
+    CgroupError, ContainerError, Exit, NewExec, PlanError, State, Target, Which, off, plan,
 };
 use crate::disk::DiskError;
 use crate::network::NetworkError;
 use crate::operations::Operations;
 use crate::sandbox::{Sandbox, SandboxError, set_time};
+use crate::usage;
 
 /// Largest request: a specification and a container's files.
 pub const MOST_REQUEST_BYTES: usize = 16 << 20;
@@ -78,9 +79,10 @@ fn status(error: &SandboxError) -> Status {
         },
         SandboxError::Container(error) => match error {
             ContainerError::Plan(PlanError::Refused { .. }) => Code::Unimplemented,
-            ContainerError::Plan(_) | ContainerError::Cgroup(CgroupError::Invalid(_)) => {
-                Code::InvalidArgument
-            }
+            ContainerError::Plan(_)
+            | ContainerError::Cgroup(
+                CgroupError::Invalid(_) | CgroupError::Unknown(_) | CgroupError::Value { .. },
+            ) => Code::InvalidArgument,
             ContainerError::Start(_) | ContainerError::State(_) => Code::FailedPrecondition,
             ContainerError::NotFound(_) => Code::NotFound,
             ContainerError::Exists(_) => Code::AlreadyExists,
@@ -264,6 +266,20 @@ impl Agent for Service {
         .await
     }
 
+    async fn update_resources(
+        &self,
+        request: Request<api::UpdateResourcesRequest>,
+    ) -> Answer<api::UpdateResourcesResponse> {
+        let request = request.into_inner();
+        let id = request.operation_id.clone();
+        self.once("UpdateResources", &id, |sandbox| async move {
+            let (id, resources) = (&request.container_id, &request.resources);
+            sandbox.update(id, resources, request.oom_score_adj).await?;
+            Ok(api::UpdateResourcesResponse {})
+        })
+        .await
+    }
+
     async fn list_containers(
         &self,
         _: Request<api::ListContainersRequest>,
@@ -351,6 +367,18 @@ impl Agent for Service {
             .await;
         opened.map_err(refuse)?;
         Ok(Response::new(api::OpenStreamResponse {}))
+    }
+
+    async fn usage(&self, _: Request<api::UsageRequest>) -> Answer<api::UsageResponse> {
+        let usage = off(usage::look).await.map_err(refuse)?;
+        Ok(Response::new(api::UsageResponse {
+            descriptors: usage.descriptors,
+            memory_bytes: usage.memory,
+            mounts: usage.mounts,
+            cgroups: usage.cgroups,
+            processes: usage.processes,
+            zombies: usage.zombies,
+        }))
     }
 
     async fn shutdown(

@@ -144,7 +144,7 @@ fn limits_reach_the_kernel() {
     cgroup.create().unwrap();
     let limits = Limits {
         memory_bytes: Some(64 << 20),
-        cpu: Some((20_000, 100_000)),
+        cpu: Some((Some(20_000), 100_000)),
         cpu_weight: Some(77),
         pids: Some(50),
     };

@@ -78,6 +78,9 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
         );
         return Err(unsupported("port_mappings.host_port", reason));
     }
+    for limits in linux.resources.iter().chain(&linux.overhead) {
+        resource::limits(limits)?;
+    }
     for (name, value) in &linux.sysctls {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
         if name.is_empty() || !name.chars().all(plain) || name.contains("..") {

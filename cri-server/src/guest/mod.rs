@@ -184,6 +184,11 @@ calls! {
     /// Removes a container.
     remove_container, remove_container: RemoveContainerRequest => RemoveContainerResponse,
         "remove the container";
+    /// Changes limits.
+    update_resources, update_resources: UpdateResourcesRequest => UpdateResourcesResponse,
+        "change the limits";
+    /// Tells what the agent itself uses.
+    usage, usage: UsageRequest => UsageResponse, "tell what it uses";
     /// Starts a process in a container.
     exec, exec: ExecRequest => ExecResponse, "run the command";
     /// Forgets an exec, killing it first.

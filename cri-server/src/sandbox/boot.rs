@@ -16,7 +16,7 @@ use super::host::{self, Host};
 use super::record::Record;
 use super::state::PodState;
 use super::undo::{Step, Undo, UndoList};
-use super::{SandboxError, dns, scratch};
+use super::{SandboxError, dns, limit, scratch};
 use crate::cgroup::PodCgroup;
 use crate::deadline::Deadline;
 use crate::guest::{Guest, GuestError};
@@ -83,7 +83,7 @@ impl Ground<'_> {
 
         self.before(Step::Cgroup).await?;
         let cgroup = self.host.cgroup(&id, &self.record.config)?;
-        let limits = Host::limits(&self.record.config);
+        let limits = limit::on_host(&self.record.config);
         let cgroup = blocking(move || {
             cgroup.create()?;
             cgroup.limit(&limits)?;
@@ -97,6 +97,7 @@ impl Ground<'_> {
         let size = self.host.config.vm.scratch_mib;
         let disk = blocking(move || Ok(scratch::make(&templates, &path, size)?)).await?;
 
+        self.record.memory_mib = Some(self.host.config.vm.memory_mib);
         self.before(Step::Vmm).await?;
         let launch = self.launch(&network, taps, disk.into(), cgroup).await?;
         let (sender, streams) = mpsc::channel(vm::WAITING_STREAMS);
@@ -204,6 +205,7 @@ impl Ground<'_> {
             scratch_serial: scratch::SERIAL.to_owned(),
             shm_bytes: 0,
             shared_pid_namespace: namespaces.pid() == cri::NamespaceMode::Pod,
+            resources: limit::in_guest(config)?,
         })
     }
 }

@@ -337,7 +337,7 @@ impl Owner {
         }
     }
 
-    fn live(&self) -> Result<Arc<Live>, SandboxError> {
+    pub(super) fn live(&self) -> Result<Arc<Live>, SandboxError> {
         self.live.clone().ok_or_else(|| SandboxError::NotReady {
             id: self.record.id.clone(),
             reason: match &self.record.state {

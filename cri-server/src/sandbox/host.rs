@@ -9,17 +9,11 @@ use rustix::rand::GetRandomFlags;
 
 use super::SandboxError;
 use super::record::{Records, hexadecimal};
-use crate::cgroup::{self, Hierarchy, Limits, PodCgroup};
+use crate::cgroup::{Hierarchy, PodCgroup};
 use crate::config::{Artefacts, Config};
 use crate::image::ImageStore;
 use crate::network::Network;
 use crate::vm;
-
-/// The most threads and processes a pod has on the host: those of its VMM, at most 64 vCPUs and a
-/// few for each device.
-const PROCESSES: u64 = 512;
-/// The kernel's period for CPU quotas, in microseconds, where the request names none.
-const CPU_PERIOD: u64 = 100_000;
 
 /// Where pods are made.
 pub struct Host {
@@ -98,21 +92,6 @@ impl Host {
         let linux = pod.linux.as_ref();
         let parent = linux.map_or("", |linux| &linux.cgroup_parent);
         Ok(hierarchy.pod(parent, id)?)
-    }
-
-    /// What the pod may use of the host, all its processes together. Its memory is bounded by the
-    /// size of its VM.
-    pub fn limits(pod: &cri::PodSandboxConfig) -> Limits {
-        let asked = pod.linux.as_ref().and_then(|linux| linux.resources.clone());
-        let asked = asked.unwrap_or_default();
-        let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
-        let period = positive(asked.cpu_period).unwrap_or(CPU_PERIOD);
-        Limits {
-            cpu: positive(asked.cpu_quota).map(|quota| (quota, period)),
-            cpu_weight: positive(asked.cpu_shares).map(cgroup::weight),
-            pids: Some(PROCESSES),
-            ..Limits::default()
-        }
     }
 
     /// The pod's directory for sockets.

@@ -7,6 +7,7 @@ mod dns;
 mod error;
 mod host;
 mod image;
+mod limit;
 mod owner;
 mod pod;
 mod record;

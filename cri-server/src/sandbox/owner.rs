@@ -39,6 +39,15 @@ pub enum Request {
     Create(Box<cri::ContainerConfig>, Deadline, Answer<String>),
     /// Start one.
     Start(String, Deadline, Answer<()>),
+    /// Change the limits of one.
+    Update(
+        String,
+        Box<cri::LinuxContainerResources>,
+        Deadline,
+        Answer<()>,
+    ),
+    /// Change the limits of the pod: overhead, resources.
+    UpdatePod(Box<[cri::LinuxContainerResources; 2]>, Deadline, Answer<()>),
     /// Remove one that does not run.
     RemoveContainer(String, Answer<()>),
     /// Make a log anew.
@@ -279,6 +288,13 @@ impl Owner {
             }
             Request::Start(id, deadline, reply) => {
                 let _ = reply.send(self.start_container(&id, deadline).await);
+            }
+            Request::Update(id, asked, deadline, reply) => {
+                let _ = reply.send(self.update_container(&id, &asked, deadline).await);
+            }
+            Request::UpdatePod(asked, deadline, reply) => {
+                let [overhead, resources] = *asked;
+                let _ = reply.send(self.update_pod(&overhead, &resources, deadline).await);
             }
             Request::RemoveContainer(id, reply) => {
                 let _ = reply.send(self.remove_container(&id).await);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_agent_api::v1::SignalRequest;
+use bulkhead_agent_api::v1::{SignalRequest, UsageRequest, UsageResponse};
 use bulkhead_cri_api::v1 as cri;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -21,6 +21,9 @@ use crate::deadline::{Deadline, Passed};
 pub const KILL: u32 = 9;
 /// How long a killed container's end, its log included, is awaited.
 const END: Duration = Duration::from_secs(30);
+
+/// How long the guest may take to say what its agent uses, which is only for people.
+const USAGE: Duration = Duration::from_secs(2);
 
 /// A pod's owner task.
 #[derive(Debug, Clone)]
@@ -124,6 +127,37 @@ impl Pod {
         deadline: Deadline,
     ) -> Result<(), SandboxError> {
         self.ask(|reply| Request::Start(id, deadline, reply)).await
+    }
+
+    /// Changes limits of a container; what is zero or empty stays.
+    pub async fn update_container(
+        &self,
+        id: String,
+        asked: cri::LinuxContainerResources,
+        deadline: Deadline,
+    ) -> Result<(), SandboxError> {
+        let asked = Box::new(asked);
+        self.ask(|reply| Request::Update(id, asked, deadline, reply))
+            .await
+    }
+
+    /// Changes limits of the pod; what is zero or empty stays.
+    pub async fn update(
+        &self,
+        overhead: cri::LinuxContainerResources,
+        resources: cri::LinuxContainerResources,
+        deadline: Deadline,
+    ) -> Result<(), SandboxError> {
+        let asked = Box::new([overhead, resources]);
+        self.ask(|reply| Request::UpdatePod(asked, deadline, reply))
+            .await
+    }
+
+    /// What the guest's agent takes for itself; nothing when it does not say so at once.
+    pub async fn usage(&self) -> Option<UsageResponse> {
+        let live = Arc::clone(self.view().live().ok()?);
+        let limit = Deadline::after(USAGE);
+        live.guest.usage(UsageRequest {}, limit).await.ok()
     }
 
     /// Asks a container to stop, and kills it after `grace`. One that does not run is left alone.

@@ -33,7 +33,7 @@ pub struct Record {
     pub boot: String,
     /// Nanoseconds since 1970.
     pub created_at: i64,
-    /// As the kubelet gave it.
+    /// As the kubelet gave it, its limits as they were updated.
     #[serde(with = "message")]
     pub config: cri::PodSandboxConfig,
     /// The handler asked for.
@@ -43,6 +43,9 @@ pub struct Record {
     /// What the guest's streams show.
     #[serde(with = "secret")]
     pub secret: Secret,
+    /// What its VM was booted with, in MiB; absent before that, and in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u32>,
     /// Where it is in its life.
     pub state: PodState,
     /// What has to be undone.
@@ -71,7 +74,7 @@ pub struct Container {
     pub id: String,
     /// Nanoseconds since 1970.
     pub created_at: i64,
-    /// As the kubelet gave it.
+    /// As the kubelet gave it, its limits as they were updated.
     #[serde(with = "message")]
     pub config: cri::ContainerConfig,
     /// Digest of the image's configuration.
@@ -123,6 +126,7 @@ impl Record {
             runtime_handler,
             hostname,
             secret: Secret(secret),
+            memory_mib: None,
             state: PodState::Starting,
             steps: UndoList::default(),
             disks: BTreeMap::new(),
@@ -378,6 +382,7 @@ mod tests {
             runtime_handler: String::new(),
             hostname: "web-0".into(),
             secret: Secret([9; 32]),
+            memory_mib: Some(256),
             state: PodState::NotReady {
                 reason: "test".into(),
             },

@@ -205,7 +205,8 @@ impl RuntimeService for Runtime {
         request: Request<cri::PodSandboxStatusRequest>,
     ) -> Answer<cri::PodSandboxStatusResponse> {
         let request = request.into_inner();
-        let view = self.pod(&request.pod_sandbox_id)?.view();
+        let pod = self.pod(&request.pod_sandbox_id)?;
+        let view = pod.view();
         let containers = view.record().containers.values();
         let known = containers.filter(|container| container.is_known());
         let mut response = cri::PodSandboxStatusResponse {
@@ -215,7 +216,7 @@ impl RuntimeService for Runtime {
             ..Default::default()
         };
         if request.verbose {
-            response.info = translate::pod_info(&view);
+            response.info = translate::pod_info(&view, pod.usage().await);
         }
         Ok(Response::new(response))
     }
@@ -314,6 +315,31 @@ impl RuntimeService for Runtime {
         Ok(Response::new(response))
     }
 
+    async fn update_container_resources(
+        &self,
+        request: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Answer<cri::UpdateContainerResourcesResponse> {
+        let deadline = edge::deadline(request.metadata());
+        let request = request.into_inner();
+        let (pod, id) = self.container(&request.container_id)?;
+        let asked = request.linux.unwrap_or_default();
+        let updated = pod.update_container(id, asked, deadline).await;
+        answer(updated.map(|()| cri::UpdateContainerResourcesResponse {}))
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
+        let deadline = edge::deadline(request.metadata());
+        let request = request.into_inner();
+        let pod = self.pod(&request.pod_sandbox_id)?;
+        let overhead = request.overhead.unwrap_or_default();
+        let resources = request.resources.unwrap_or_default();
+        let updated = pod.update(overhead, resources, deadline).await;
+        answer(updated.map(|()| cri::UpdatePodSandboxResourcesResponse {}))
+    }
+
     async fn reopen_container_log(
         &self,
         request: Request<cri::ReopenContainerLogRequest>,
@@ -343,10 +369,6 @@ impl RuntimeService for Runtime {
     }
 
     not_yet! {
-        update_container_resources: UpdateContainerResourcesRequest
-            => UpdateContainerResourcesResponse, "UpdateContainerResources";
-        update_pod_sandbox_resources: UpdatePodSandboxResourcesRequest
-            => UpdatePodSandboxResourcesResponse, "UpdatePodSandboxResources";
         exec: ExecRequest => ExecResponse, "Exec";
         attach: AttachRequest => AttachResponse, "Attach";
         port_forward: PortForwardRequest => PortForwardResponse, "PortForward";

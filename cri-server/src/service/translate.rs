@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use bulkhead_agent_api::v1::UsageResponse;
 use bulkhead_cri_api::v1 as cri;
 
 use crate::sandbox::{Container, ContainerState, PodState, View};
@@ -50,7 +51,7 @@ pub fn pod_status(view: &View) -> cri::PodSandboxStatus {
 }
 
 /// What `verbose` adds to a pod's status: JSON in a map.
-pub fn pod_info(view: &View) -> HashMap<String, String> {
+pub fn pod_info(view: &View, agent: Option<UsageResponse>) -> HashMap<String, String> {
     let record = view.record();
     let state = match &record.state {
         PodState::Starting => serde_json::json!("starting"),
@@ -65,7 +66,19 @@ pub fn pod_info(view: &View) -> HashMap<String, String> {
         "hostname": record.hostname,
         "disks": record.disks,
     });
-    HashMap::from([("info".to_owned(), info.to_string())])
+    let mut all = HashMap::from([("info".to_owned(), info.to_string())]);
+    if let Some(usage) = agent {
+        let usage = serde_json::json!({
+            "descriptors": usage.descriptors,
+            "memoryBytes": usage.memory_bytes,
+            "mounts": usage.mounts,
+            "cgroups": usage.cgroups,
+            "processes": usage.processes,
+            "zombies": usage.zombies,
+        });
+        all.insert("agent".to_owned(), usage.to_string());
+    }
+    all
 }
 
 fn pod_state(view: &View) -> cri::PodSandboxState {

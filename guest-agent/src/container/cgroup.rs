@@ -8,8 +8,8 @@ mod memory;
 mod pids;
 mod unified;
 
-use std::fs;
-use std::io::{Error as IoError, ErrorKind};
+use std::fs::{self, File};
+use std::io::{Error as IoError, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use crate::container::spec::Resources;
@@ -36,12 +36,34 @@ impl Setting {
     }
 }
 
+/// What a group has, where a new value depends on it.
+#[derive(Debug, Default)]
+struct Present {
+    /// The first word of cpu.max.
+    quota: Option<String>,
+    /// memory.max in bytes, unless there is none.
+    memory: Option<i64>,
+}
+
 /// Why a control group is not as it should be.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// A value of the specification makes no sense.
     #[error("linux.resources: {0}")]
     Invalid(String),
+    /// The guest's kernel has no such file.
+    #[error("linux.resources: the guest has no {0}")]
+    Unknown(String),
+    /// The kernel does not take the value.
+    #[error("linux.resources: {file} does not take {value:?}: {source}")]
+    Value {
+        /// The file.
+        file: String,
+        /// The value.
+        value: String,
+        /// The kernel's answer.
+        source: IoError,
+    },
     /// The kernel refused.
     #[error("cannot write {value:?} to {path}: {source}")]
     Write {
@@ -70,10 +92,31 @@ pub struct Cgroup {
     path: PathBuf,
 }
 
+/// Bounds the tasks of all containers together, so that the agent can always start a process.
+pub fn bound_pod() -> Result<(), CgroupError> {
+    let (most, _) = pids::shares(most_tasks());
+    Cgroup::pod().write(&Setting::new("pids.max", most))
+}
+
+/// How many tasks the guest can have, by the size of its memory.
+fn most_tasks() -> u64 {
+    let file = fs::read_to_string("/proc/sys/kernel/threads-max").unwrap_or_default();
+    file.trim().parse().unwrap_or(1024)
+}
+
 impl Cgroup {
+    /// The group of all containers.
+    pub fn pod() -> Self {
+        Self { path: POD.into() }
+    }
+
     /// Makes the group of container `id` below [`POD`] with its limits.
     pub fn create(id: &str, resources: Option<&Resources>) -> Result<Self, CgroupError> {
-        let settings = resources.map(settings).transpose()?.unwrap_or_default();
+        let (_, tasks) = pids::shares(most_tasks());
+        let mut all = vec![Setting::new("pids.max", tasks)];
+        if let Some(resources) = resources {
+            all.extend(settings(resources, &Present::default())?);
+        }
         let path = Path::new(POD).join(id);
         fs::create_dir(&path).map_err(|source| CgroupError::Directory {
             what: "make",
@@ -81,12 +124,57 @@ impl Cgroup {
             source,
         })?;
         let group = Self { path };
-        let written = settings.iter().try_for_each(|setting| group.write(setting));
-        if let Err(error) = written {
+        if let Err(error) = all.iter().try_for_each(|setting| group.write(setting)) {
             let _ = fs::remove_dir(&group.path);
             return Err(error);
         }
         Ok(group)
+    }
+
+    /// Changes limits; those that `resources` leaves out stay. After a failure all are as they
+    /// were, as far as the kernel allows. Blocks: a lower memory limit is kept by reclaiming.
+    pub fn update(&self, resources: &Resources) -> Result<(), CgroupError> {
+        let quota = self.read("cpu.max");
+        let present = Present {
+            quota: quota.and_then(|text| Some(text.split_whitespace().next()?.to_owned())),
+            memory: self.read("memory.max").and_then(|text| text.parse().ok()),
+        };
+        let mut before = Vec::new();
+        for setting in settings(resources, &present)? {
+            let old = self.read(&setting.file);
+            if let Err(error) = self.write(&setting) {
+                for old in before.iter().rev() {
+                    let _ = self.write(old);
+                }
+                return Err(error);
+            }
+            // The lines of io.max are the devices', and what is written is one of them.
+            let old = old.filter(|_| setting.file != "io.max");
+            before.extend(old.map(|value| Setting { value, ..setting }));
+        }
+        Ok(())
+    }
+
+    /// Sets how readily the OOM killer takes each process of the group.
+    pub fn adjust_oom_score(&self, score: i32) -> Result<(), CgroupError> {
+        for pid in self.read("cgroup.procs").unwrap_or_default().lines() {
+            let path = PathBuf::from(format!("/proc/{pid}/oom_score_adj"));
+            match fs::write(&path, score.to_string()) {
+                // It has ended meanwhile: without a file, or without memory to be killed for.
+                Err(error)
+                    if error.kind() != ErrorKind::NotFound
+                        && error.raw_os_error() != Some(libc::ESRCH) =>
+                {
+                    return Err(CgroupError::Write {
+                        path,
+                        value: score.to_string(),
+                        source: error,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Its directory.
@@ -134,28 +222,51 @@ impl Cgroup {
         })
     }
 
+    fn read(&self, file: &str) -> Option<String> {
+        let text = fs::read_to_string(self.path.join(file)).ok()?;
+        Some(text.trim_end().to_owned())
+    }
+
     fn write(&self, setting: &Setting) -> Result<(), CgroupError> {
         let path = self.path.join(&setting.file);
-        match fs::write(&path, &setting.value) {
-            Err(error) if setting.optional && error.kind() == ErrorKind::NotFound => Ok(()),
-            done => done.map_err(|source| CgroupError::Write {
+        // Not made when missing: in a cgroup no file can be made, and the error would be another.
+        let written = File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(setting.value.as_bytes()));
+        let Err(source) = written else {
+            return Ok(());
+        };
+        let (file, value) = (setting.file.clone(), setting.value.clone());
+        Err(match source.raw_os_error() {
+            Some(libc::ENOENT) if setting.optional => return Ok(()),
+            Some(libc::ENOENT) => CgroupError::Unknown(file),
+            // EACCES: it can only be read. ENODEV: io.max of a disk that is not there.
+            Some(libc::EINVAL | libc::ERANGE | libc::EACCES | libc::ENODEV | libc::EOPNOTSUPP) => {
+                CgroupError::Value {
+                    file,
+                    value,
+                    source,
+                }
+            }
+            _ => CgroupError::Write {
                 path,
-                value: setting.value.clone(),
+                value,
                 source,
-            }),
-        }
+            },
+        })
     }
 }
 
-fn settings(resources: &Resources) -> Result<Vec<Setting>, CgroupError> {
+fn settings(resources: &Resources, present: &Present) -> Result<Vec<Setting>, CgroupError> {
     let mut all = Vec::new();
     // The processors first: nothing else depends on the order.
     if let Some(cpu) = &resources.cpu {
         all.extend(cpuset::settings(cpu));
-        all.extend(cpu::settings(cpu));
+        all.extend(cpu::settings(cpu, present));
     }
     if let Some(memory) = &resources.memory {
-        all.extend(memory::settings(memory)?);
+        all.extend(memory::settings(memory, present)?);
     }
     if let Some(pids) = &resources.pids {
         all.extend(pids::settings(pids));
@@ -207,7 +318,7 @@ mod tests {
                 "unified":{"memory.oom.group":"1"}}"#,
         )
         .unwrap();
-        let files: Vec<String> = settings(&resources)
+        let files: Vec<String> = settings(&resources, &Present::default())
             .unwrap()
             .iter()
             .map(|setting| format!("{}={}", setting.file, setting.value))

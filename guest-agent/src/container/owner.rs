@@ -69,6 +69,7 @@ enum Command {
     Executed(String, Result<(Process, Held), ContainerError>, Reply<i32>),
     RemoveExec(String, Reply<()>),
     Endpoint(Option<String>, Which, Reply<Endpoint>),
+    Update(Box<spec::Resources>, Option<i32>, Reply<()>),
     State(Reply<(State, i32)>),
     Remove(Reply<()>),
 }
@@ -204,6 +205,17 @@ impl Container {
             .await
     }
 
+    /// Changes its limits, and how readily the OOM killer takes its processes.
+    pub async fn update(
+        &self,
+        resources: spec::Resources,
+        oom_score: Option<i32>,
+    ) -> Result<(), ContainerError> {
+        let resources = Box::new(resources);
+        self.ask(|reply| Command::Update(resources, oom_score, reply))
+            .await
+    }
+
     /// Its state and its init's number.
     pub async fn state(&self) -> Result<(State, i32), ContainerError> {
         self.ask(Command::State).await
@@ -267,6 +279,9 @@ impl Owner {
                 Command::RemoveExec(id, reply) => drop(reply.send(self.remove_exec(&id))),
                 Command::Endpoint(exec, which, reply) => {
                     drop(reply.send(self.endpoint(exec.as_deref(), which)));
+                }
+                Command::Update(resources, oom_score, reply) => {
+                    self.update(resources, oom_score, reply);
                 }
                 Command::State(reply) => drop(reply.send(Ok((self.state(), self.init.pid)))),
                 Command::Remove(reply) => {
@@ -352,6 +367,23 @@ impl Owner {
             Target::Init => self.init.signal(signal).map_err(failed),
             Target::Exec(id) => self.process(Some(id))?.signal(signal).map_err(failed),
         }
+    }
+
+    /// A lower memory limit can take long to be reached, and the container must be able to be
+    /// killed meanwhile.
+    fn update(&self, resources: Box<spec::Resources>, oom_score: Option<i32>, reply: Reply<()>) {
+        if let State::Exited(_) = self.state() {
+            return drop(reply.send(Err(self.not("has no limits any more"))));
+        }
+        let cgroup = self.cgroup.clone();
+        tokio::spawn(async move {
+            let done = off(move || {
+                cgroup.update(&resources)?;
+                oom_score.map_or(Ok(()), |score| cgroup.adjust_oom_score(score))
+            });
+            let done = done.await.and_then(|done| Ok(done?));
+            let _ = reply.send(done);
+        });
     }
 
     fn exec(&mut self, new: NewExec, reply: Reply<i32>) {

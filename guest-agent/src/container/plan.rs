@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::container::capability;
 use crate::container::option::{self, MountOptions};
-use crate::container::spec::{Mount, Process, Spec};
+use crate::container::spec::{Mount, Process, Resources, Spec};
 
 /// Most mounts, masked and read-only paths of a container.
 const MOST_PATHS: usize = 1024;
@@ -166,6 +166,11 @@ pub fn read_spec(json: &[u8]) -> Result<Spec, PlanError> {
 
 /// Reads a specification's `process`.
 pub fn read_process(json: &[u8]) -> Result<Process, PlanError> {
+    serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
+}
+
+/// Reads a specification's `linux.resources`.
+pub fn read_resources(json: &[u8]) -> Result<Resources, PlanError> {
     serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
 }
 

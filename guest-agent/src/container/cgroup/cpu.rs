@@ -1,21 +1,24 @@
 //! Processor time: cpu.weight, cpu.max.
 
-use super::{Setting, limit};
+use super::{Present, Setting, limit};
 use crate::container::spec::Cpu;
 
-/// The kernel's default period, microseconds.
-const PERIOD: u64 = 100_000;
-
-pub(super) fn settings(cpu: &Cpu) -> Vec<Setting> {
+pub(super) fn settings(cpu: &Cpu, present: &Present) -> Vec<Setting> {
     let mut all = Vec::new();
     if let Some(shares) = cpu.shares.filter(|shares| *shares > 0) {
         all.push(Setting::new("cpu.weight", weight(shares)));
     }
-    if cpu.quota.is_some() || cpu.period.is_some() {
-        let quota = cpu.quota.and_then(|quota| u64::try_from(quota).ok());
-        let quota = limit(quota.filter(|quota| *quota > 0));
-        let period = cpu.period.filter(|period| *period > 0).unwrap_or(PERIOD);
-        all.push(Setting::new("cpu.max", format!("{quota} {period}")));
+    let quota = cpu.quota.filter(|quota| *quota != 0);
+    let quota = quota.map(|quota| limit(u64::try_from(quota).ok()));
+    match (quota, cpu.period.filter(|period| *period > 0)) {
+        (None, None) => {}
+        // A quota alone leaves the period as it is; a period cannot be written alone.
+        (Some(quota), None) => all.push(Setting::new("cpu.max", quota)),
+        (quota, Some(period)) => {
+            let quota = quota.or_else(|| present.quota.clone());
+            let quota = quota.unwrap_or_else(|| limit(None));
+            all.push(Setting::new("cpu.max", format!("{quota} {period}")));
+        }
     }
     if let Some(burst) = cpu.burst {
         all.push(Setting::new("cpu.max.burst", burst));
@@ -43,11 +46,25 @@ mod tests {
     }
 
     #[test]
-    fn no_quota_is_no_limit() {
-        let cpu = Cpu {
-            quota: Some(-1),
-            ..Cpu::default()
+    fn quota_and_period_can_be_given_alone() {
+        let of = |quota, period, present: Option<&str>| {
+            let cpu = Cpu {
+                quota,
+                period,
+                ..Cpu::default()
+            };
+            let present = Present {
+                quota: present.map(str::to_owned),
+                ..Present::default()
+            };
+            let settings = settings(&cpu, &present);
+            settings.first().map(|setting| setting.value.clone())
         };
-        assert_eq!(settings(&cpu), [Setting::new("cpu.max", "max 100000")]);
+        let value = |text: &str| Some(text.to_owned());
+        assert_eq!(of(Some(500), Some(1000), Some("7")), value("500 1000"));
+        assert_eq!(of(Some(-1), None, Some("7")), value("max"));
+        assert_eq!(of(None, Some(1000), Some("7")), value("7 1000"));
+        assert_eq!(of(None, Some(1000), None), value("max 1000"));
+        assert_eq!(of(Some(0), Some(0), Some("7")), None);
     }
 }

@@ -1,10 +1,10 @@
 //! Memory: memory.max, memory.low, memory.swap.max.
 
-use super::{CgroupError, Setting, limit};
+use super::{CgroupError, Present, Setting, limit};
 use crate::container::spec::Memory;
 
 /// In the specification 0 and absent are "leave it", -1 is no limit, and swap counts memory too.
-pub(super) fn settings(memory: &Memory) -> Result<Vec<Setting>, CgroupError> {
+pub(super) fn settings(memory: &Memory, present: &Present) -> Result<Vec<Setting>, CgroupError> {
     let mut all = Vec::new();
     let most = memory.limit.filter(|bytes| *bytes != 0);
     if let Some(bytes) = most {
@@ -14,14 +14,14 @@ pub(super) fn settings(memory: &Memory) -> Result<Vec<Setting>, CgroupError> {
         all.push(Setting::new("memory.low", limit(u64::try_from(bytes).ok())));
     }
     if let Some(both) = memory.swap.filter(|bytes| *bytes != 0) {
-        let swap = match (both, most) {
+        let swap = match (both, most.or(present.memory)) {
             (-1, _) => None,
             (both, Some(memory)) if memory > 0 && both >= memory => {
                 Some((both - memory).unsigned_abs())
             }
             _ => {
                 return Err(CgroupError::Invalid(format!(
-                    "memory.swap {both} is below memory.limit, or memory.limit is missing"
+                    "memory.swap {both} counts memory too: it needs a memory.limit no larger than it"
                 )));
             }
         };
@@ -45,7 +45,7 @@ mod tests {
             reservation: None,
             swap: Some(150),
         };
-        let values: Vec<String> = settings(&memory)
+        let values: Vec<String> = settings(&memory, &Present::default())
             .unwrap()
             .into_iter()
             .map(|setting| setting.value)
@@ -55,7 +55,7 @@ mod tests {
             swap: Some(50),
             ..memory
         };
-        assert!(settings(&less).is_err());
+        assert!(settings(&less, &Present::default()).is_err());
     }
 
     #[test]
@@ -65,11 +65,26 @@ mod tests {
             reservation: Some(0),
             swap: Some(-1),
         };
-        let values: Vec<String> = settings(&memory)
+        let values: Vec<String> = settings(&memory, &Present::default())
             .unwrap()
             .into_iter()
             .map(|setting| setting.value)
             .collect();
         assert_eq!(values, ["max", "max"]);
+    }
+
+    #[test]
+    fn swap_alone_goes_by_the_limit_that_is_there() {
+        let memory = Memory {
+            swap: Some(150),
+            ..Memory::default()
+        };
+        let present = Present {
+            memory: Some(100),
+            ..Present::default()
+        };
+        let settings = settings(&memory, &present).unwrap();
+        let file = settings.first().map(|one| (&*one.file, &*one.value));
+        assert_eq!(file, Some(("memory.swap.max", "50")));
     }
 }

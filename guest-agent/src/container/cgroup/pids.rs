@@ -9,6 +9,12 @@ pub(super) fn settings(pids: &Pids) -> Option<Setting> {
     Some(Setting::new("pids.max", limit(u64::try_from(most).ok())))
 }
 
+/// Of the tasks the guest can have, (the most of all containers together, the most of one that
+/// names no limit): a fork bomb leaves room for the agent, and for its neighbours.
+pub(super) fn shares(guest: u64) -> (u64, u64) {
+    (guest - guest / 8, guest / 2)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
