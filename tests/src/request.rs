@@ -94,6 +94,12 @@ pub fn pod_security(config: &mut PodSandboxConfig) -> &mut LinuxSandboxSecurityC
     linux.security_context.get_or_insert_default()
 }
 
+/// A pod's limits, to be changed in place.
+pub fn pod_resources(config: &mut PodSandboxConfig) -> &mut LinuxContainerResources {
+    let linux = config.linux.get_or_insert_default();
+    linux.resources.get_or_insert_default()
+}
+
 /// A number that is present.
 pub fn number(value: i64) -> Option<Int64Value> {
     Some(Int64Value { value })

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::cri::{labels, refused};
 use bulkhead_tests::log::{self, Stream};
-use bulkhead_tests::request::{container, number, resources, security, shell, sleeper};
+use bulkhead_tests::request::{container, number, security, shell, sleeper};
 use bulkhead_tests::{Node, suite};
 use tonic::Code;
 
@@ -38,8 +38,6 @@ suite! {
     no_new_privileges_disarms_setuid,
     root_file_system_is_read_only_when_asked_for,
     paths_are_masked_and_read_only,
-    limits_are_in_the_cgroup,
-    memory_limit_kills,
     log_has_both_streams,
     log_splits_long_lines,
     log_keeps_the_last_bytes,
@@ -626,40 +624,6 @@ fn paths_are_masked_and_read_only(node: &Node) -> Result<()> {
         "{:?}",
         ended.stderr()
     );
-    Ok(())
-}
-
-fn limits_are_in_the_cgroup(node: &Node) -> Result<()> {
-    let pod = node.pod("limits")?;
-    let line = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
-    let mut config = shell("limits", &node.base()?, line);
-    *resources(&mut config) = LinuxContainerResources {
-        cpu_period: 50_000,
-        cpu_quota: 25_000,
-        cpu_shares: 1024,
-        memory_limit_in_bytes: 48 << 20,
-        ..LinuxContainerResources::default()
-    };
-    let ended = pod.run_to_end(&config)?;
-    // 1024 shares are weight 39: 1 + (shares - 2) * 9999 / 262142.
-    let wanted = format!("{}\n25000 50000\n39\n", 48 << 20);
-    ensure!(
-        ended.stdout() == wanted,
-        "{:?} {:?}",
-        ended.stdout(),
-        ended.stderr()
-    );
-    Ok(())
-}
-
-fn memory_limit_kills(node: &Node) -> Result<()> {
-    let pod = node.pod("hungry")?;
-    // The only process reads a file without lines into memory.
-    let mut config = container("hungry", &node.base()?, &["tail", "/dev/zero"]);
-    resources(&mut config).memory_limit_in_bytes = 16 << 20;
-    let status = pod.run_to_end(&config)?.status;
-    ensure!(status.exit_code == 137, "{status:?}");
-    ensure!(status.reason == "OOMKilled", "{status:?}");
     Ok(())
 }
 

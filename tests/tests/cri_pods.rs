@@ -466,8 +466,6 @@ fn calls_that_are_not_there_answer_unimplemented(node: &Node) -> Result<()> {
         attach,
         port_forward,
         checkpoint_container,
-        update_container_resources,
-        update_pod_sandbox_resources,
         update_runtime_config,
         container_stats,
         list_container_stats,
