@@ -7,7 +7,7 @@ use bulkhead_agent_api::v1::{self as api, container_state};
 use tonic::{Request, Response, Status};
 
 use crate::container::{
-    CgroupError, ContainerError, Exit, NewExec, PlanError, State, Target, Which, off, plan,
+    CgroupError, ContainerError, Exit, NewExec, State, Target, Which, off, plan,
 };
 use crate::disk::DiskError;
 use crate::network::NetworkError;
@@ -78,7 +78,7 @@ fn status(error: &SandboxError) -> Status {
             DiskError::Step { .. } | DiskError::Gone => Code::Internal,
         },
         SandboxError::Container(error) => match error {
-            ContainerError::Plan(PlanError::Refused { .. }) => Code::Unimplemented,
+            // Not Unimplemented, which clients take for the call itself.
             ContainerError::Plan(_)
             | ContainerError::Cgroup(
                 CgroupError::Invalid(_) | CgroupError::Unknown(_) | CgroupError::Value { .. },

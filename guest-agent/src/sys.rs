@@ -43,18 +43,43 @@ pub fn enter(descriptor: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<()> {
     checked(unsafe { libc::setns(descriptor.as_raw_fd(), flags) }.into()).map(drop)
 }
 
-/// execve(2). Comes back only with an error.
-pub fn execute(path: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
-    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings
+/// Strings as execve(2) takes them.
+pub struct Strings {
+    /// What the pointers point into.
+    _strings: Vec<CString>,
+    pointers: Vec<*const libc::c_char>,
+}
+
+impl Strings {
+    /// Those that hold no NUL.
+    pub fn new(strings: &[String]) -> Self {
+        let strings: Vec<CString> = strings
+            .iter()
+            .filter_map(|string| CString::new(string.as_str()).ok())
+            .collect();
+        let pointers = strings
             .iter()
             .map(|string| string.as_ptr())
             .chain([std::ptr::null()])
-            .collect()
+            .collect();
+        Self {
+            _strings: strings,
+            pointers,
+        }
+    }
+}
+
+/// execve(2), with no other system call. Comes back only with an error.
+pub fn execute(path: &CStr, arguments: &Strings, environment: &Strings) -> io::Error {
+    // SAFETY: both arrays end with a null pointer and, as the strings they point into, outlive
+    // the call.
+    unsafe {
+        libc::execve(
+            path.as_ptr(),
+            arguments.pointers.as_ptr(),
+            environment.pointers.as_ptr(),
+        )
     };
-    let (arguments, environment) = (pointers(arguments), pointers(environment));
-    // SAFETY: both arrays end with a null pointer and, as the strings, outlive the call.
-    unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     io::Error::last_os_error()
 }
 
@@ -156,9 +181,9 @@ pub fn set_mount_attributes(
     .map(drop)
 }
 
-/// Puts a seccomp filter over this process and all it will start. Needs CAP_SYS_ADMIN or
-/// no_new_privs.
-pub fn install_filter(program: &[Instruction]) -> io::Result<()> {
+/// Puts a seccomp filter with `SECCOMP_FILTER_FLAG_*` over this process and all it will start.
+/// Needs CAP_SYS_ADMIN or no_new_privs.
+pub fn install_filter(program: &[Instruction], flags: u32) -> io::Result<()> {
     let length =
         u16::try_from(program.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let program = libc::sock_fprog {
@@ -170,7 +195,7 @@ pub fn install_filter(program: &[Instruction]) -> io::Result<()> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            0,
+            flags,
             &program,
         )
     })

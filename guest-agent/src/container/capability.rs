@@ -106,15 +106,17 @@ pub fn bound(sets: &Sets) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes on the other sets. To be called after the user is changed.
-pub fn take(sets: &Sets) -> io::Result<()> {
+/// Takes on the other sets, and `besides` until the program is executed: execve(2) works out
+/// effective and permitted anew, from the others, unless no_new_privs is set. To be called after
+/// the user is changed.
+pub fn take(sets: &Sets, besides: CapabilitySet) -> io::Result<()> {
     let set = CapabilitySet::from_bits_retain;
     rustix::thread::clear_ambient_capability_set()?;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {
-            effective: set(sets.effective),
-            permitted: set(sets.permitted),
+            effective: set(sets.effective) | besides,
+            permitted: set(sets.permitted) | besides,
             inheritable: set(sets.inheritable),
         },
     )?;

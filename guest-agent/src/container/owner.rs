@@ -12,6 +12,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::launch::{self, Held, LaunchError, Launched};
 use crate::container::plan::{self, Plan};
 use crate::container::process::{self, Ending, Endpoint, Exit, Process, Which};
+use crate::container::seccomp::Filter;
 use crate::container::spec;
 use crate::container::user;
 use crate::reap::Reaper;
@@ -130,6 +131,7 @@ impl Container {
             stdin,
             directories,
         } = new;
+        let filter = plan.filter.clone();
         let launched =
             off(move || launch::launch(&plan, pids.as_ref().map(|pids| pids.as_fd()), stdin))
                 .await??;
@@ -147,6 +149,7 @@ impl Container {
             id,
             cgroup,
             image,
+            filter,
             directories,
             surroundings,
             commands: commands.downgrade(),
@@ -253,6 +256,7 @@ struct Owner {
     id: String,
     cgroup: Cgroup,
     image: String,
+    filter: Option<Filter>,
     directories: Vec<String>,
     surroundings: Surroundings,
     /// To hear of its own tasks; not counted, so that the last user's going ends the owner.
@@ -408,6 +412,7 @@ impl Owner {
             init: self.init.descriptor(),
             cgroup: self.cgroup.clone(),
             image: self.image.clone(),
+            filter: self.filter.clone(),
         };
         let surroundings = self.surroundings.clone();
         let commands = self.commands.clone();
@@ -497,6 +502,7 @@ struct Beside {
     init: Arc<OwnedFd>,
     cgroup: Cgroup,
     image: String,
+    filter: Option<Filter>,
 }
 
 async fn execute(
@@ -508,7 +514,7 @@ async fn execute(
     let launched = off(move || -> Result<Launched, ContainerError> {
         let mut process = beside.process;
         user::resolve(&mut process.user, &beside.image)?;
-        let plan = plan::exec(&process, &beside.cgroup.path())?;
+        let plan = plan::exec(&process, &beside.cgroup.path(), beside.filter)?;
         Ok(launch::launch(
             &plan,
             Some(beside.init.as_fd()),

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::container::capability;
 use crate::container::option::{self, MountOptions};
+use crate::container::seccomp::{self, Filter};
 use crate::container::spec::{Mount, Process, Resources, Spec};
 
 /// Most mounts, masked and read-only paths of a container.
@@ -44,6 +45,8 @@ pub struct Plan {
     pub place: Place,
     /// What to become.
     pub program: Program,
+    /// Which system calls may be made, besides the filter that every container has.
+    pub filter: Option<Filter>,
 }
 
 /// Where a process is to live.
@@ -224,15 +227,20 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
             }),
         },
         program: program(process)?,
+        filter: linux
+            .and_then(|linux| linux.seccomp.as_ref())
+            .map(seccomp::filter)
+            .transpose()?,
     })
 }
 
-/// Plans a further process of a container.
-pub fn exec(process: &Process, cgroup: &str) -> Result<Plan, PlanError> {
+/// Plans a further process of a container, under the container's filter.
+pub fn exec(process: &Process, cgroup: &str, filter: Option<Filter>) -> Result<Plan, PlanError> {
     Ok(Plan {
         cgroup: cgroup.to_owned(),
         place: Place::Beside,
         program: program(process)?,
+        filter,
     })
 }
 
@@ -268,9 +276,6 @@ fn refuse(spec: &Spec) -> Result<(), PlanError> {
     }
     if !linux.sysctl.is_empty() {
         return refused("linux.sysctl", "sysctls belong to the pod, see Prepare");
-    }
-    if linux.seccomp.is_some() {
-        return refused("linux.seccomp", "profiles are not applied");
     }
     Ok(())
 }
@@ -444,7 +449,10 @@ mod tests {
     fn what_is_not_carried_out_is_refused_by_its_name() {
         for (path, value) in [
             ("/hooks", json!({"poststop": [{"path": "/bin/x"}]})),
-            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ERRNO"})),
+            (
+                "/linux/seccomp",
+                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+            ),
             ("/linux/devices", json!([{"path": "/dev/x", "type": "c"}])),
             ("/linux/sysctl", json!({"kernel.msgmax": "1"})),
             ("/linux/uidMappings", json!([{"size": 1}])),

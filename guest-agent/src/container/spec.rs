@@ -130,8 +130,8 @@ pub struct Linux {
     pub uid_mappings: Vec<serde_json::Value>,
     /// Refused when it holds anything.
     pub gid_mappings: Vec<serde_json::Value>,
-    /// Refused unless null.
-    pub seccomp: Option<serde_json::Value>,
+    /// Which system calls may be made. Absent: all but those no container may make.
+    pub seccomp: Option<Seccomp>,
     /// Hidden paths.
     pub masked_paths: Vec<String>,
     /// Paths that cannot be written.
@@ -147,6 +147,54 @@ pub struct Namespace {
     /// Refused.
     #[serde(default)]
     pub path: Option<String>,
+}
+
+/// Which system calls may be made.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Seccomp {
+    /// `SCMP_ACT_*`.
+    pub default_action: String,
+    /// An error's number.
+    pub default_errno_ret: Option<u32>,
+    /// `SCMP_ARCH_*`, besides the guest's own.
+    pub architectures: Vec<String>,
+    /// `SECCOMP_FILTER_FLAG_*`.
+    pub flags: Vec<String>,
+    /// Refused when it holds anything.
+    pub listener_path: String,
+    /// Refused when it holds anything.
+    pub listener_metadata: String,
+    /// Rules.
+    pub syscalls: Vec<Syscall>,
+}
+
+/// A rule about system calls.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Syscall {
+    /// At least one.
+    pub names: Vec<String>,
+    /// `SCMP_ACT_*`.
+    pub action: String,
+    /// An error's number.
+    pub errno_ret: Option<u32>,
+    /// Conditions.
+    pub args: Vec<SeccompArgument>,
+}
+
+/// A condition of a rule.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SeccompArgument {
+    /// 0 to 5.
+    pub index: u32,
+    /// To compare with; for `SCMP_CMP_MASKED_EQ` the bits that count.
+    pub value: u64,
+    /// For `SCMP_CMP_MASKED_EQ`: to compare with.
+    pub value_two: u64,
+    /// `SCMP_CMP_*`.
+    pub op: String,
 }
 
 /// Limits of the container's cgroup.

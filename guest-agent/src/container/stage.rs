@@ -7,7 +7,8 @@
 //!    PID 1, which is the agent;
 //! 3. the child makes or joins the other namespaces, makes the root, takes on user, limits and
 //!    capabilities, says that it is ready and waits;
-//! 4. it execs the program when told to; a failure is told, a success closes the socket.
+//! 4. when told to, it puts the filters on and execs the program; a failure is told, a success
+//!    closes the socket.
 
 use std::ffi::CString;
 use std::fs;
@@ -16,10 +17,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 
 use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
+use rustix::thread::CapabilitySet;
 
 use crate::container::message::{self, Message};
 use crate::container::plan::{Place, Plan, Program};
-use crate::container::{capability, rootfs, seccomp};
+use crate::container::seccomp::{self, Filter};
+use crate::container::{capability, rootfs};
 use crate::sys;
 
 /// Why a process does not come to be, as a sentence.
@@ -167,7 +170,7 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
     // The socket is one of these: that it closes is how the agent learns of success.
     step("mark descriptors", sys::close_on_exec_from(3))?;
     sys::reset_signals();
-    Err(StageError::Program(execute(program, home)))
+    Err(execute(program, home, plan.filter.as_ref()))
 }
 
 /// A directory outside the root (reached through a descriptor left open, say) is refused:
@@ -234,8 +237,6 @@ fn limit(resource: u32, soft: u64, hard: u64) -> Result<(), StageError> {
 }
 
 fn take_user(program: &Program) -> Result<(), StageError> {
-    // While CAP_SYS_ADMIN is there: later the filter would need no_new_privs.
-    step("deny AF_VSOCK", seccomp::deny_vsock())?;
     step(
         "bound the capabilities",
         capability::bound(&program.capabilities),
@@ -259,13 +260,16 @@ fn take_user(program: &Program) -> Result<(), StageError> {
         "set the user",
         rustix::thread::set_thread_res_uid(uid, uid, uid),
     )?;
-    step(
-        "set the capabilities",
-        capability::take(&program.capabilities),
-    )?;
+    // To put a filter on, either is needed.
+    let mut besides = CapabilitySet::SYS_ADMIN;
     if program.no_new_privileges {
         step("set no_new_privs", rustix::thread::set_no_new_privs(true))?;
+        besides = CapabilitySet::empty();
     }
+    step(
+        "set the capabilities",
+        capability::take(&program.capabilities, besides),
+    )?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(program.umask));
     Ok(())
 }
@@ -288,7 +292,10 @@ fn home_of(uid: u32) -> String {
 }
 
 /// Comes back only with the reason of a failure.
-fn execute(program: &Program, home: String) -> String {
+///
+/// The filters come last: a profile need not allow what the stage does, only what the program does.
+/// (Where it forbids sendmsg(2), a failure is not told, and the program ends with 128.)
+fn execute(program: &Program, home: String, filter: Option<&Filter>) -> StageError {
     let mut environment = program.environment.clone();
     if !environment
         .iter()
@@ -296,32 +303,29 @@ fn execute(program: &Program, home: String) -> String {
     {
         environment.push(format!("HOME={home}"));
     }
-    let strings = |strings: &[String]| -> Vec<CString> {
-        strings
-            .iter()
-            .filter_map(|string| CString::new(string.as_str()).ok())
-            .collect()
-    };
-    let arguments = strings(&program.arguments);
     let Some(name) = program.arguments.first() else {
-        return "no program is named".into();
+        return StageError::Program("no program is named".into());
     };
-    let environment = strings(&environment);
-    let candidates = candidates(name, &program.environment);
+    let arguments = sys::Strings::new(&program.arguments);
+    let environment = sys::Strings::new(&environment);
+    let candidates: Vec<(String, CString)> = candidates(name, &program.environment)
+        .into_iter()
+        .filter_map(|path| Some((path.clone(), CString::new(path).ok()?)))
+        .collect();
+    if let Err(error) = step("put the seccomp filter on", seccomp::install(filter)) {
+        return error;
+    }
     let mut worst = None;
-    for path in &candidates {
-        let Ok(spelled) = CString::new(path.as_str()) else {
-            continue;
-        };
-        let error = sys::execute(&spelled, &arguments, &environment);
+    for (path, spelled) in &candidates {
+        let error = sys::execute(spelled, &arguments, &environment);
         match error.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => {}
             // As execvp(3): one that may not be run does not hide a later one that may.
             Some(libc::EACCES) => worst = Some((path, error)),
-            _ => return format!("cannot execute {path}: {error}"),
+            _ => return StageError::Program(format!("cannot execute {path}: {error}")),
         }
     }
-    match worst {
+    StageError::Program(match worst {
         Some((path, error)) => format!("cannot execute {path}: {error}"),
         None if name.contains('/') => {
             format!(
@@ -330,7 +334,7 @@ fn execute(program: &Program, home: String) -> String {
             )
         }
         None => format!("cannot execute {name}: executable file not found in $PATH"),
-    }
+    })
 }
 
 /// Paths to try for a program, in the order of `PATH`.
