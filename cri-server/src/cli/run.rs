@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use bulkhead_cri_api::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
     CreateContainerRequest, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
-    LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig, PodSandboxFilter,
-    PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig,
+    PodSandboxFilter, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
+    SecurityProfile, StartContainerRequest, StopContainerRequest,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
@@ -245,7 +245,11 @@ impl<'a> Session<'a> {
             log_path: LOG.to_owned(),
             linux: Some(LinuxContainerConfig {
                 resources: Some(self.wanted.resources()),
-                ..LinuxContainerConfig::default()
+                security_context: Some(LinuxContainerSecurityContext {
+                    // RuntimeDefault.
+                    seccomp: Some(SecurityProfile::default()),
+                    ..LinuxContainerSecurityContext::default()
+                }),
             }),
             ..ContainerConfig::default()
         }

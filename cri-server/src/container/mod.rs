@@ -7,5 +7,6 @@ pub mod log;
 pub mod mount;
 pub mod output;
 pub mod resource;
+pub mod seccomp;
 pub mod signal;
 pub mod spec;

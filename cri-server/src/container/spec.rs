@@ -4,6 +4,7 @@
 //! the image's own `/etc/passwd`.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use bulkhead_cri_api::v1 as cri;
 use oci_spec::runtime::{
@@ -12,6 +13,7 @@ use oci_spec::runtime::{
 };
 
 use super::mount::HostFile;
+use super::seccomp::{self, Asked};
 use super::{capability, mount, resource};
 
 /// Where programs are looked for when nobody says (OCI image specification, and every runtime).
@@ -41,6 +43,19 @@ pub struct Plan {
     pub spec: Spec,
     /// Files of the host to copy into the container.
     pub files: Vec<HostFile>,
+    /// A file of the host whose text is yet to be given to [`Plan::confine`].
+    pub profile: Option<PathBuf>,
+}
+
+impl Plan {
+    /// Has the container confined by a seccomp profile, the text of the file `path`.
+    pub fn confine(&mut self, path: &Path, text: &str) -> Result<(), SpecError> {
+        let profile = seccomp::parse(path, text)?;
+        let mut linux = self.spec.linux().clone().unwrap_or_default();
+        linux.set_seccomp(Some(profile));
+        self.spec.set_linux(Some(linux));
+        Ok(())
+    }
 }
 
 /// Why a container cannot be made as asked.
@@ -141,6 +156,16 @@ pub fn plan(
     }
 
     let mut process = process(container, pod, image, &security)?;
+    let profile = match seccomp::asked(&security)? {
+        Asked::Unconfined => None,
+        Asked::Default => {
+            let sets = process.capabilities().clone().unwrap_or_default();
+            let bounding = sets.bounding().clone().unwrap_or_default();
+            runtime.set_seccomp(Some(seccomp::default_profile(&bounding)?));
+            None
+        }
+        Asked::File(path) => Some(path),
+    };
     process.set_oom_score_adj(i32::try_from(limits.oom_score_adj).ok());
 
     let mut root = Root::default();
@@ -159,6 +184,7 @@ pub fn plan(
     Ok(Plan {
         spec,
         files: mount::host_files(&container.mounts)?,
+        profile,
     })
 }
 
@@ -207,11 +233,6 @@ fn check_container(
             "security_context.supplemental_groups_policy",
             "the groups of the image's /etc/group are always merged in; leave it at Merge",
         ));
-    }
-    let profile = security.seccomp.as_ref().filter(is_localhost);
-    if let Some(profile) = profile {
-        let reason = format!("the profile {} of the host", profile.localhost_ref);
-        return Err(unsupported("security_context.seccomp", reason));
     }
     let profile = security.apparmor.as_ref().filter(is_localhost);
     if let Some(profile) = profile {

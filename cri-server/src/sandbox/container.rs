@@ -17,7 +17,7 @@ use super::record::{Container, Disk, User};
 use super::state::{ContainerState, PodState};
 use crate::container::log::{Log, Stream};
 use crate::container::spec::{self, Plan, SpecError};
-use crate::container::{file, output, signal};
+use crate::container::{file, output, seccomp, signal};
 use crate::deadline::Deadline;
 use crate::guest::GuestError;
 
@@ -51,7 +51,12 @@ impl Owner {
         }
         let reference = config.image.clone().unwrap_or_default().image;
         let image = image::resolve(&self.host.images, &reference).await?;
-        let plan = spec::plan(&config, &self.record.config, &image.defaults)?;
+        let mut plan = spec::plan(&config, &self.record.config, &image.defaults)?;
+        if let Some(path) = plan.profile.take() {
+            let read = path.clone();
+            let text = blocking(move || Ok(seccomp::read(&read)?)).await?;
+            plan.confine(&path, &text)?;
+        }
         let log_path = log_path(&self.record.config.log_directory, &config.log_path)?;
         let files = self.files(&plan).await?;
         let stop_signal = signal::stop(config.stop_signal(), image.stop_signal.as_deref());

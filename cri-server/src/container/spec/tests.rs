@@ -157,6 +157,34 @@ fn a_privileged_container_is_root_of_the_guest() {
 }
 
 #[test]
+fn a_seccomp_profile_reaches_the_spec() {
+    let profile = |kind, reference: &str| {
+        secured(cri::LinuxContainerSecurityContext {
+            seccomp: Some(cri::SecurityProfile {
+                profile_type: kind,
+                localhost_ref: reference.into(),
+            }),
+            ..Default::default()
+        })
+    };
+    let seccomp = |spec: &Spec| spec.linux().clone().unwrap().seccomp().clone();
+    assert_eq!(seccomp(&planned(&cri::ContainerConfig::default())), None);
+    let default = seccomp(&planned(&profile(0, ""))).unwrap();
+    assert_eq!(default.default_errno_ret(), Some(1));
+    assert_eq!(seccomp(&planned(&profile(1, ""))), None);
+    let container = profile(2, "/a.json");
+    let pod = cri::PodSandboxConfig::default();
+    let mut plan = plan(&container, &pod, &image()).unwrap();
+    let path = plan.profile.take().unwrap();
+    assert_eq!(path, Path::new("/a.json"));
+    assert!(plan.confine(&path, "{}").is_err());
+    plan.confine(&path, r#"{"defaultAction": "SCMP_ACT_LOG"}"#)
+        .unwrap();
+    let action = seccomp(&plan.spec).unwrap().default_action();
+    assert_eq!(action.to_string(), "SCMP_ACT_LOG");
+}
+
+#[test]
 fn a_pid_namespace_is_made_unless_the_pod_shares_one() {
     let types = |mode: cri::NamespaceMode| {
         let spec = planned(&secured(cri::LinuxContainerSecurityContext {
