@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_tests::log::{self, Stream};
 use bulkhead_tests::node::BASE;
-use bulkhead_tests::request::{Pod, shell};
+use bulkhead_tests::request::{Pod, shell, sleeper};
 use bulkhead_tests::server::{Runtime, Server};
 use bulkhead_tests::{Cri, Node};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -28,6 +28,9 @@ const RUNTIMES: [(&str, Runtime); 2] = [
 
 /// How long a container's first word is awaited.
 const WORD_LIMIT: Duration = Duration::from_secs(60);
+
+/// Commands of which the mean is taken.
+const EXECS: u32 = 5;
 
 /// Moments of one start by their names, nanoseconds after the first call.
 type Moments = BTreeMap<&'static str, u64>;
@@ -99,8 +102,33 @@ fn start(node: &Node, server: &Server, runtime: Runtime, name: &str) -> Result<M
         moments.extend(phases(&server.log_since(logged))?);
     }
     expect_word(&server.cri, &pod, &id, &word.log)?;
+    moments.extend(further(&server.cri, &pod, &image)?);
     server.remove_pods()?;
     Ok(moments)
+}
+
+/// What else is asked of a pod that runs: a second container of the same image, and commands in it.
+fn further(cri: &Cri, pod: &Pod<'_>, image: &str) -> Result<Moments> {
+    let begun = Instant::now();
+    let id = pod.create(&sleeper("second", image))?;
+    cri.start(&id)?;
+    let second = nanoseconds(begun.elapsed())?;
+    let run = || -> Result<()> {
+        let reply = cri.exec_for(&id, &["/bin/true"], 0)?;
+        ensure!(reply.exit_code == 0, "true: {reply:?}");
+        Ok(())
+    };
+    // The first reads the program from the image.
+    run()?;
+    let begun = Instant::now();
+    for _ in 0..EXECS {
+        run()?;
+    }
+    let exec = nanoseconds(begun.elapsed() / EXECS)?;
+    Ok(Moments::from([
+        ("second container", second),
+        ("exec", exec),
+    ]))
 }
 
 fn expect_word(cri: &Cri, pod: &Pod<'_>, container: &str, log: &Path) -> Result<()> {

@@ -27,12 +27,15 @@ enum Subject {
     /// How a VM starts, beside Debian's QEMU microvm with the same kernel and initramfs, and how a
     /// pod does, beside Debian's containerd and runc with the same image
     Start,
+    /// How a pod that runs takes a second container and commands, beside containerd and runc
+    Exec,
 }
 
 /// `cargo xtask bench`.
 pub fn command(arguments: &Arguments) -> Result<ExitCode> {
     match arguments.subject {
         Subject::Start => start(),
+        Subject::Exec => exec(),
     }
 }
 
@@ -70,6 +73,24 @@ fn start() -> Result<ExitCode> {
     print_vms(&vms)?;
     print_pods(&pods)?;
     print_sizes(&clocks)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exec() -> Result<ExitCode> {
+    let clocks = Clocks::prepare()?;
+    println!("Medians of {RUNS} runs, in the nested test machine; ≤: aim");
+    let table = Table {
+        own: "bulkhead",
+        other: "reference",
+    };
+    table.head("In a pod that runs", "bulkhead", "containerd and runc");
+    for (clock, words, unit) in TIMES {
+        let figures = clocks.pods(clock)?;
+        println!("{words}");
+        table.row("  ExecSync of true (≤ 0.5)", &figures, "exec", unit)?;
+        let second = "  create + start a container (≤ 0.5)";
+        table.row(second, &figures, "second container", unit)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
