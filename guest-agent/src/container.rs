@@ -13,6 +13,7 @@ mod rootfs;
 mod seccomp;
 pub mod spec;
 pub mod stage;
+mod terminal;
 pub mod user;
 
 pub use cgroup::{Cgroup, CgroupError};
@@ -20,6 +21,7 @@ pub use launch::LaunchError;
 pub use owner::{Container, NewContainer, NewExec, State, Surroundings, Target, off, remove};
 pub use plan::PlanError;
 pub use process::{Endpoint, Exit, Which};
+pub use terminal::Size;
 
 /// Why something about a container is not done.
 #[derive(Debug, thiserror::Error)]

@@ -172,7 +172,7 @@ impl Sandbox {
     /// Makes a container with its process held before its exec; on failure nothing of it stays.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<Created, SandboxError> {
         let id = request.container_id.clone();
-        check_id(&id)?;
+        check_id("container id", &id)?;
         self.reserve(&id)?;
         let done = self.make(request).await;
         if done.is_err() {
@@ -393,14 +393,15 @@ fn sysctl_path(name: &str) -> Option<String> {
     (sound && name.chars().all(plain)).then(|| format!("/proc/sys/{relative}"))
 }
 
-fn check_id(id: &str) -> Result<(), SandboxError> {
+/// Makes sure that an id can be a file's name, whatever it is told to be (`what`).
+pub fn check_id(what: &str, id: &str) -> Result<(), SandboxError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     // Dots only would be another directory; a controller's file has a dot after its name.
     let sound = (1..=128).contains(&id.len()) && !id.contains('.') && id.chars().all(plain);
     match sound {
         true => Ok(()),
         false => Err(SandboxError::Invalid(format!(
-            "container id {id:?} must be 1 to 128 letters, digits, dashes or underscores"
+            "{what} {id:?} must be 1 to 128 letters, digits, dashes or underscores"
         ))),
     }
 }
@@ -513,9 +514,9 @@ mod tests {
 
     #[test]
     fn a_container_id_is_one_directory() {
-        assert!(check_id("0123abc_-").is_ok());
+        assert!(check_id("container id", "0123abc_-").is_ok());
         for id in ["", "..", "a/b", "memory.max"] {
-            assert!(check_id(id).is_err(), "{id}");
+            assert!(check_id("container id", id).is_err(), "{id}");
         }
     }
 }

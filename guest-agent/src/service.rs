@@ -7,12 +7,12 @@ use bulkhead_agent_api::v1::{self as api, container_state};
 use tonic::{Request, Response, Status};
 
 use crate::container::{
-    CgroupError, ContainerError, Exit, NewExec, State, Target, Which, off, plan,
+    CgroupError, ContainerError, Exit, NewExec, Size, State, Target, Which, off, plan,
 };
 use crate::disk::DiskError;
 use crate::network::NetworkError;
 use crate::operations::Operations;
-use crate::sandbox::{Sandbox, SandboxError, set_time};
+use crate::sandbox::{Sandbox, SandboxError, check_id, set_time};
 use crate::usage;
 
 /// Largest request: a specification and a container's files.
@@ -309,9 +309,7 @@ impl Agent for Service {
 
     async fn exec(&self, request: Request<api::ExecRequest>) -> Answer<api::ExecResponse> {
         let request = request.into_inner();
-        if request.exec_id.is_empty() || request.exec_id.len() > 128 {
-            return Err(Status::invalid_argument("exec_id must have 1 to 128 bytes"));
-        }
+        check_id("exec id", &request.exec_id).map_err(refuse)?;
         self.once("Exec", &request.operation_id, |sandbox| async move {
             let process = plan::read_process(&request.process).map_err(ContainerError::from)?;
             let new = NewExec {
@@ -379,6 +377,18 @@ impl Agent for Service {
             processes: usage.processes,
             zombies: usage.zombies,
         }))
+    }
+
+    async fn resize(&self, request: Request<api::ResizeRequest>) -> Answer<api::ResizeResponse> {
+        let request = request.into_inner();
+        let size = Size::new(request.columns, request.rows).map_err(Status::invalid_argument)?;
+        let container = self
+            .sandbox
+            .container(&request.container_id)
+            .map_err(refuse)?;
+        let resized = container.resize(named(request.exec_id), size).await;
+        resized.map_err(refuse)?;
+        Ok(Response::new(api::ResizeResponse {}))
     }
 
     async fn shutdown(

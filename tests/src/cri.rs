@@ -300,6 +300,21 @@ impl Cri {
         })
     }
 
+    /// Begins to run a command in a container, and goes away after `patience`.
+    pub fn exec_and_vanish(&self, id: &str, command: &[&str], patience: Duration) -> Result<()> {
+        let request = limited(ExecSyncRequest {
+            container_id: id.to_owned(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            timeout: 0,
+        });
+        let mut client = RuntimeServiceClient::new(self.channel.clone());
+        let call = async { tokio::time::timeout(patience, client.exec_sync(request)).await };
+        match self.runtime.block_on(call) {
+            Ok(answer) => bail!("the command has ended: {answer:?}"),
+            Err(_) => Ok(()),
+        }
+    }
+
     /// Runs a command that must succeed, and answers its standard output without the last newline.
     pub fn output(&self, id: &str, command: &[&str]) -> Result<String> {
         let reply = self.exec_for(id, command, 0)?;

@@ -43,7 +43,6 @@ suite! {
     log_keeps_the_last_bytes,
     log_is_reopened_after_a_rename,
     log_is_dropped_without_a_path,
-    terminal_is_refused_by_name,
     standard_input_is_empty,
     exec_answers_output_and_exit_code,
     exec_is_killed_at_its_time_limit,
@@ -725,16 +724,6 @@ fn log_is_dropped_without_a_path(node: &Node) -> Result<()> {
     ensure!(status.exit_code == 5, "{status:?}");
     let left: Vec<_> = fs::read_dir(&pod.config.log_directory)?.flatten().collect();
     ensure!(left.is_empty(), "{left:?}");
-    Ok(())
-}
-
-fn terminal_is_refused_by_name(node: &Node) -> Result<()> {
-    let pod = node.pod("terminal")?;
-    let mut config = shell("terminal", &node.base()?, "tty");
-    config.tty = true;
-    let answer = node.cri()?.create(&pod.id, &config, &pod.config);
-    let message = refused(answer, &[Code::InvalidArgument])?;
-    ensure!(message.contains("tty"), "{message}");
     Ok(())
 }
 

@@ -18,6 +18,8 @@ use super::{capability, mount, resource};
 
 /// Where programs are looked for when nobody says (OCI image specification, and every runtime).
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What programs are told of a terminal when nobody says more, as by containerd and docker.
+const TERMINAL: &str = "xterm";
 /// Open files a process may have; what container engines grant.
 const OPEN_FILES: u64 = 1 << 20;
 
@@ -188,16 +190,25 @@ pub fn plan(
     })
 }
 
-/// The process that `command` makes in a container whose own process is `container`
-/// (CRI `ExecSyncRequest`).
-pub fn exec_process(container: &Process, command: &[String]) -> Result<Process, SpecError> {
+/// The process that `command` makes in a container whose own process is `container`, with a
+/// terminal or without (CRI `ExecSyncRequest`, `ExecRequest`).
+pub fn exec_process(
+    container: &Process,
+    command: &[String],
+    terminal: bool,
+) -> Result<Process, SpecError> {
     if command.is_empty() {
         return Err(invalid("cmd", "it is empty"));
     }
     let mut process = container.clone();
     process
         .set_args(Some(command.to_vec()))
-        .set_terminal(Some(false));
+        .set_terminal(Some(terminal));
+    let mut environment = process.env().clone().unwrap_or_default();
+    if terminal && !environment.iter().any(|entry| entry.starts_with("TERM=")) {
+        environment.push(format!("TERM={TERMINAL}"));
+        process.set_env(Some(environment));
+    }
     Ok(process)
 }
 
@@ -224,9 +235,6 @@ fn check_container(
     if let Some(device) = container.cdi_devices.first() {
         let reason = format!("the host's {} does not exist in the guest", device.name);
         return Err(unsupported("cdi_devices", reason));
-    }
-    if container.tty {
-        return Err(unsupported("tty", "containers have no terminal yet"));
     }
     if security.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict {
         return Err(unsupported(
@@ -286,6 +294,7 @@ fn process(
         .map_err(|error| invalid("rlimits", error.to_string()))?;
     let mut process = Process::default();
     process
+        .set_terminal(Some(container.tty))
         .set_args(Some(arguments(container, image)?))
         .set_env(Some(environment(container, pod, image)?))
         .set_cwd(working_directory(container, image)?.into())
@@ -341,6 +350,9 @@ fn environment(
     set("PATH", DEFAULT_PATH);
     if !pod.hostname.is_empty() {
         set("HOSTNAME", &pod.hostname);
+    }
+    if container.tty {
+        set("TERM", TERMINAL);
     }
     for entry in &image.env {
         let (name, value) = entry.split_once('=').unwrap_or((entry, ""));

@@ -13,7 +13,7 @@ use bulkhead_agent_api::v1::agent_client::AgentClient;
 use bulkhead_agent_api::v1::{self, Stdio};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
 
@@ -22,6 +22,10 @@ use door::Door;
 
 /// The largest message that is taken from an agent, in bytes.
 const LARGEST_MESSAGE: usize = 4 << 20;
+
+/// Streams that are being opened at once, at most: fewer than may be undecided, so that none is
+/// refused.
+const OPENINGS: usize = 8;
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,7 @@ impl GuestError {
 pub struct Guest {
     client: AgentClient<Channel>,
     door: Arc<Door>,
+    openings: Semaphore,
 }
 
 impl Guest {
@@ -87,7 +92,11 @@ impl Guest {
         };
         let channel = Endpoint::from_static("http://guest").connect_with_connector_lazy(connector);
         let client = AgentClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE);
-        Self { client, door }
+        Self {
+            client,
+            door,
+            openings: Semaphore::new(OPENINGS),
+        }
     }
 
     /// Waits for the agent's first call and makes sure of its version. From then on nobody is
@@ -121,6 +130,12 @@ impl Guest {
         offset: u64,
         deadline: Deadline,
     ) -> Result<(UnixStream, u64), GuestError> {
+        let late = |_| GuestError::Late("open a stream");
+        // Never closed, so that only the time can run out.
+        let _turn = deadline
+            .bound(self.openings.acquire())
+            .await
+            .map_err(late)?;
         let (token, arrival) = self.door.expect(stdio);
         let request = v1::OpenStreamRequest {
             container_id: container_id.to_owned(),
@@ -193,6 +208,8 @@ calls! {
     exec, exec: ExecRequest => ExecResponse, "run the command";
     /// Forgets an exec, killing it first.
     remove_exec, remove_exec: RemoveExecRequest => RemoveExecResponse, "end the command";
+    /// Gives a process's terminal a size.
+    resize, resize: ResizeRequest => ResizeResponse, "resize the terminal";
     /// Syncs and unmounts the disks.
     shutdown, shutdown: ShutdownRequest => ShutdownResponse, "shut down";
 }

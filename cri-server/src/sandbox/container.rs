@@ -190,8 +190,9 @@ impl Owner {
             });
         }
         let created_at = container.created_at;
+        let terminal = container.config.tty;
         let log = Log::open(container.log_path.clone()).await?;
-        let streams = Streams::open(&live, id, deadline).await?;
+        let streams = Streams::open(&live, id, terminal, deadline).await?;
         let request = v1::StartContainerRequest {
             // The agent starts a container once. What it answered stays true, and an answer that
             // was lost is given again when the client tries again.
@@ -245,7 +246,7 @@ impl Owner {
                 ContainerState::Running { .. } => {
                     let limit = Deadline::after(self.host.config.vm.boot_timeout());
                     let log = Log::open(container.log_path.clone()).await;
-                    let streams = Streams::open(&live, &id, limit).await;
+                    let streams = Streams::open(&live, &id, container.config.tty, limit).await;
                     let (Ok(log), Ok(streams)) = (log, streams) else {
                         tracing::error!(container = %id, "a container's output is not followed");
                         continue;
@@ -356,27 +357,44 @@ impl Owner {
 /// A container's output on its way out of the guest.
 struct Streams {
     stdout: (tokio::net::UnixStream, u64),
-    stderr: (tokio::net::UnixStream, u64),
+    /// None of a terminal, whose output is one.
+    stderr: Option<(tokio::net::UnixStream, u64)>,
 }
 
 impl Streams {
-    async fn open(live: &Live, id: &str, deadline: Deadline) -> Result<Self, GuestError> {
+    async fn open(
+        live: &Live,
+        id: &str,
+        terminal: bool,
+        deadline: Deadline,
+    ) -> Result<Self, GuestError> {
         let open = |stream| {
             let stdio = output::stdio(stream);
             // Offset 0: from the first byte that no server has acknowledged.
             live.guest.open_stream(id, "", stdio, 0, deadline)
         };
-        let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), open(Stream::Stderr))?;
+        let stderr = async {
+            match terminal {
+                true => Ok(None),
+                false => open(Stream::Stderr).await.map(Some),
+            }
+        };
+        let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), stderr)?;
         Ok(Self { stdout, stderr })
     }
 
     /// Writes the log to its end and reports the container's.
     async fn follow(self, live: Arc<Live>, id: String, log: Log, report: mpsc::Sender<Event>) {
         let (stdout, stderr) = (self.stdout, self.stderr);
+        let errors = async {
+            if let Some((stderr, offset)) = stderr {
+                output::write_log(stderr, Stream::Stderr, offset, log.clone()).await;
+            }
+        };
         let written = async {
             tokio::join!(
                 output::write_log(stdout.0, Stream::Stdout, stdout.1, log.clone()),
-                output::write_log(stderr.0, Stream::Stderr, stderr.1, log.clone()),
+                errors,
             )
         };
         let (exit, _) = tokio::join!(end(&live, &id), written);

@@ -13,7 +13,7 @@ use super::host::new_id;
 use super::owner::{Answer, Request};
 use super::record::{Container, Record};
 use super::state::{ContainerState, PodState};
-use crate::container::exec::{self, Output};
+use crate::container::exec::{Command, Exec, Output};
 use crate::container::spec::exec_process;
 use crate::deadline::{Deadline, Passed};
 
@@ -191,20 +191,39 @@ impl Pod {
         self.ask(|reply| Request::ReopenLog(id, reply)).await
     }
 
-    /// Runs a command in a running container.
+    /// Runs a command in a running container to its end (CRI `ExecSync`). When the caller gives
+    /// up, the command is killed.
     pub async fn exec(
         &self,
         id: &str,
-        command: &[String],
+        line: &[String],
         limit: Deadline,
     ) -> Result<Output, SandboxError> {
+        let exec = self.exec_start(id, line, false, false, limit).await?;
+        Ok(exec.collect(limit).await?)
+    }
+
+    /// Starts a command in a running container, with a terminal or without, and with its standard
+    /// input open or empty.
+    pub async fn exec_start(
+        &self,
+        id: &str,
+        line: &[String],
+        terminal: bool,
+        stdin: bool,
+        limit: Deadline,
+    ) -> Result<Exec, SandboxError> {
         let view = self.view();
         let container = view.container(id)?;
         running(container)?;
-        let process = exec_process(&container.process, command)?;
+        let command = Command {
+            container_id: id.to_owned(),
+            exec_id: new_id()?,
+            process: exec_process(&container.process, line, terminal)?,
+            stdin,
+        };
         let guest = Arc::clone(&view.live()?.guest);
-        let exec_id = new_id()?;
-        Ok(exec::run(guest, id.to_owned(), exec_id, &process, limit).await?)
+        Ok(Exec::start(guest, command, limit).await?)
     }
 
     async fn signal(

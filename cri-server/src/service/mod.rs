@@ -21,6 +21,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::config::Config;
+use crate::container::exec::OUTPUT_BYTES;
 use crate::image::{ImageError, ImageStore};
 use crate::network::{Network, NetworkError};
 use crate::pulls::Pulls;
@@ -28,6 +29,8 @@ use crate::sandbox::{Host, SandboxError, Sandboxes};
 
 /// The largest message that is taken or given, in bytes (the kubelet's bound).
 const LARGEST_MESSAGE: usize = 16 << 20;
+/// The largest answer of a container call: two full outputs of an ExecSync and some room.
+const LARGEST_ANSWER: usize = 2 * OUTPUT_BYTES + (64 << 10);
 /// How long calls under way may take to end when the server does.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -104,7 +107,7 @@ pub async fn serve_until(
 
     let runtime = RuntimeServiceServer::new(runtime::Runtime::new(sandboxes))
         .max_decoding_message_size(LARGEST_MESSAGE)
-        .max_encoding_message_size(LARGEST_MESSAGE);
+        .max_encoding_message_size(LARGEST_ANSWER);
     let pulls = Pulls::new();
     let images = ImageServiceServer::new(image::Images::new(images, writable, pulls.clone()))
         .max_decoding_message_size(LARGEST_MESSAGE)

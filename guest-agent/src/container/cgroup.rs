@@ -2,6 +2,7 @@
 
 mod cpu;
 mod cpuset;
+mod exec;
 mod hugetlb;
 mod io;
 mod memory;
@@ -189,8 +190,8 @@ impl Cgroup {
 
     /// Sends a signal to every process in it. One that forks meanwhile may be missed.
     pub fn signal(&self, signal: i32) -> Result<(), IoError> {
-        let procs = fs::read_to_string(self.path.join("cgroup.procs"))?;
-        for pid in procs.lines().filter_map(|line| line.parse().ok()) {
+        let processes = self.processes()?;
+        for pid in processes.lines().filter_map(|line| line.parse().ok()) {
             match crate::sys::kill(pid, signal) {
                 Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
                 _ => {}

@@ -57,12 +57,24 @@ pub struct Launched {
     pub process: OwnedFd,
     /// What holds it.
     pub held: Held,
-    /// Present when asked for.
-    pub stdin: Option<OwnedFd>,
-    /// To read.
-    pub stdout: OwnedFd,
-    /// To read.
-    pub stderr: OwnedFd,
+    /// Its stdio.
+    pub ends: Ends,
+}
+
+/// The agent's ends of a process's stdio.
+#[derive(Debug)]
+pub enum Ends {
+    /// A pipe each.
+    Pipes {
+        /// Present when asked for.
+        stdin: Option<OwnedFd>,
+        /// To read.
+        stdout: OwnedFd,
+        /// To read.
+        stderr: OwnedFd,
+    },
+    /// The master of a terminal.
+    Terminal(OwnedFd),
 }
 
 /// Starts a process as planned, up to its exec. Blocks.
@@ -72,7 +84,59 @@ pub fn launch(
     stdin: bool,
 ) -> Result<Launched, LaunchError> {
     let paper = step("write the plan", paper(plan))?;
-    let (stdin_here, stdin_there) = match stdin {
+    let pipes = match plan.program.terminal {
+        None => Some(pipes(stdin)?),
+        Some(_) => None,
+    };
+    let socket = step("start a stage", start(crate::STAGE))?;
+    let theirs = pipes.iter().flat_map(|(_, theirs)| theirs);
+    let mut with = vec![paper.as_fd()];
+    with.extend(theirs.map(AsFd::as_fd));
+    with.extend(other);
+    step(
+        "send the plan",
+        message::send(socket.as_fd(), &Message::Plan, &with),
+    )?;
+    // Only the process holds its own ends from here on.
+    let ours = pipes.map(|(ours, _)| ours);
+    let pid = process(socket.as_fd())?;
+    // Its parent being the agent, the number is free for others only after the reaper took it.
+    let opened = Pid::from_raw(pid)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+    let process = match opened {
+        Ok(process) => process,
+        Err(rustix::io::Errno::SRCH) => return Err(last_words(socket.as_fd())),
+        Err(error) => return step("open the process", Err(error)),
+    };
+    let master = |descriptors: Vec<OwnedFd>| descriptors.into_iter().next().map(Ends::Terminal);
+    let ready =
+        step("wait for the process", message::receive(socket.as_fd())).and_then(
+            |said| match said {
+                Some((Message::Ready, with)) => {
+                    ours.or_else(|| master(with)).ok_or(LaunchError::Ended)
+                }
+                Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
+                _ => Err(LaunchError::Ended),
+            },
+        );
+    match ready {
+        Ok(ends) => Ok(Launched {
+            pid,
+            process,
+            held: Held { socket },
+            ends,
+        }),
+        Err(error) => {
+            let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
+            Err(error)
+        }
+    }
+}
+
+/// The agent's and the process's ends of new pipes.
+fn pipes(stdin: bool) -> Result<(Ends, [OwnedFd; 3]), LaunchError> {
+    let (stdin, stdin_there) = match stdin {
         true => {
             let (read, write) = step("make a pipe", pipe())?;
             (Some(write), read)
@@ -84,48 +148,12 @@ pub fn launch(
     };
     let (stdout, stdout_there) = step("make a pipe", pipe())?;
     let (stderr, stderr_there) = step("make a pipe", pipe())?;
-    let socket = step("start a stage", start(crate::STAGE))?;
-    let mut with = vec![
-        paper.as_fd(),
-        stdin_there.as_fd(),
-        stdout_there.as_fd(),
-        stderr_there.as_fd(),
-    ];
-    with.extend(other);
-    step(
-        "send the plan",
-        message::send(socket.as_fd(), &Message::Plan, &with),
-    )?;
-    drop((stdin_there, stdout_there, stderr_there));
-    let pid = process(socket.as_fd())?;
-    // Its parent being the agent, the number is free for others only after the reaper took it.
-    let opened = Pid::from_raw(pid)
-        .ok_or(rustix::io::Errno::SRCH)
-        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
-    let process = match opened {
-        Ok(process) => process,
-        Err(rustix::io::Errno::SRCH) => return Err(last_words(socket.as_fd())),
-        Err(error) => return step("open the process", Err(error)),
-    };
-    match step("wait for the process", message::receive(socket.as_fd())) {
-        Ok(Some((Message::Ready, _))) => {}
-        failed => {
-            let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
-            return Err(match failed {
-                Ok(Some((Message::Failed(words), _))) => LaunchError::Stage(words),
-                Ok(_) => LaunchError::Ended,
-                Err(error) => error,
-            });
-        }
-    }
-    Ok(Launched {
-        pid,
-        process,
-        held: Held { socket },
-        stdin: stdin_here,
+    let ours = Ends::Pipes {
+        stdin,
         stdout,
         stderr,
-    })
+    };
+    Ok((ours, [stdin_there, stdout_there, stderr_there]))
 }
 
 impl Held {

@@ -17,12 +17,13 @@ const LONGEST: usize = 4096;
 /// A message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// To the stage, with descriptors: the plan, stdin, stdout, stderr, and that of a namespace
-    /// or process when the plan calls for one.
+    /// To the stage, with descriptors: the plan; stdin, stdout, stderr unless the plan calls for
+    /// a terminal; and that of a namespace or process when the plan calls for one.
     Plan,
     /// From the stage: the process that will be the container's.
     Process(i32),
-    /// From that process: all is ready but its exec.
+    /// From that process: all is ready but its exec. With the master of its terminal, if it has
+    /// one.
     Ready,
     /// To it: exec.
     Go,

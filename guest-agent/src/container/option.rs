@@ -33,6 +33,12 @@ impl MountOptions {
         }
     }
 
+    /// Lets device nodes be opened.
+    pub fn with_devices(mut self) -> Self {
+        self.attributes.set &= !NO_DEV;
+        self
+    }
+
     /// Drops what is for a file system.
     pub fn without_data(mut self) -> Self {
         self.data.clear();

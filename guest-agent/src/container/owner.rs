@@ -14,6 +14,7 @@ use crate::container::plan::{self, Plan};
 use crate::container::process::{self, Ending, Endpoint, Exit, Process, Which};
 use crate::container::seccomp::Filter;
 use crate::container::spec;
+use crate::container::terminal::Size;
 use crate::container::user;
 use crate::reap::Reaper;
 use crate::sandbox::now_nanoseconds;
@@ -67,10 +68,15 @@ enum Command {
     Signal(Target, i32, Reply<()>),
     Wait(Option<String>, Reply<watch::Receiver<Option<Exit>>>),
     Exec(Box<NewExec>, Reply<i32>),
-    Executed(String, Result<(Process, Held), ContainerError>, Reply<i32>),
+    Executed(
+        String,
+        Result<(Process, Held, Cgroup), ContainerError>,
+        Reply<i32>,
+    ),
     RemoveExec(String, Reply<()>),
     Endpoint(Option<String>, Which, Reply<Endpoint>),
     Update(Box<spec::Resources>, Option<i32>, Reply<()>),
+    Resize(Option<String>, Size, Reply<()>),
     State(Reply<(State, i32)>),
     Remove(Reply<()>),
 }
@@ -193,7 +199,7 @@ impl Container {
         self.ask(|reply| Command::Exec(Box::new(new), reply)).await
     }
 
-    /// Forgets an exec, killing it first when it is not over.
+    /// Forgets an exec, killing it first with all it has started when it is not over.
     pub async fn remove_exec(&self, id: String) -> Result<(), ContainerError> {
         self.ask(|reply| Command::RemoveExec(id, reply)).await
     }
@@ -217,6 +223,11 @@ impl Container {
         let resources = Box::new(resources);
         self.ask(|reply| Command::Update(resources, oom_score, reply))
             .await
+    }
+
+    /// Gives a process's terminal a size.
+    pub async fn resize(&self, exec: Option<String>, size: Size) -> Result<(), ContainerError> {
+        self.ask(|reply| Command::Resize(exec, size, reply)).await
     }
 
     /// Its state and its init's number.
@@ -249,7 +260,9 @@ enum Phase {
 
 enum Exec {
     Starting,
-    There(Process),
+    /// It is to be removed, but is still being started.
+    Unwanted(Reply<()>),
+    There(Process, Cgroup),
 }
 
 struct Owner {
@@ -280,12 +293,15 @@ impl Owner {
                 }
                 Command::Exec(new, reply) => self.exec(*new, reply),
                 Command::Executed(id, done, reply) => self.executed(id, done, reply),
-                Command::RemoveExec(id, reply) => drop(reply.send(self.remove_exec(&id))),
+                Command::RemoveExec(id, reply) => self.remove_exec(&id, reply),
                 Command::Endpoint(exec, which, reply) => {
                     drop(reply.send(self.endpoint(exec.as_deref(), which)));
                 }
                 Command::Update(resources, oom_score, reply) => {
                     self.update(resources, oom_score, reply);
+                }
+                Command::Resize(exec, size, reply) => {
+                    drop(reply.send(self.resize(exec.as_deref(), size)));
                 }
                 Command::State(reply) => drop(reply.send(Ok((self.state(), self.init.pid)))),
                 Command::Remove(reply) => {
@@ -352,7 +368,7 @@ impl Owner {
             return Ok(&self.init);
         };
         match self.execs.get(id) {
-            Some(Exec::There(process)) => Ok(process),
+            Some(Exec::There(process, _)) => Ok(process),
             _ => Err(ContainerError::NotFound(format!(
                 "container {} has no exec {id}",
                 self.id
@@ -407,6 +423,7 @@ impl Owner {
         }
         self.execs.insert(id.clone(), Exec::Starting);
         let beside = Beside {
+            id: id.clone(),
             process,
             stdin,
             init: self.init.descriptor(),
@@ -427,20 +444,31 @@ impl Owner {
     fn executed(
         &mut self,
         id: String,
-        done: Result<(Process, Held), ContainerError>,
+        done: Result<(Process, Held, Cgroup), ContainerError>,
         reply: Reply<i32>,
     ) {
-        let (process, held) = match done {
-            Ok(done) => done,
-            Err(error) => {
-                self.execs.remove(&id);
-                return drop(reply.send(Err(error)));
+        let unwanted = match self.execs.remove(&id) {
+            Some(Exec::Unwanted(remover)) => Some(remover),
+            _ => None,
+        };
+        let (process, held, cgroup) = match (done, unwanted) {
+            (Ok(done), None) => done,
+            (Err(error), unwanted) => {
+                let _ = reply.send(Err(error));
+                return drop(unwanted.map(|remover| remover.send(Ok(()))));
+            }
+            (Ok((process, held, cgroup)), Some(remover)) => {
+                // Closing what holds it ends it before its program runs.
+                drop(held);
+                let what = format!("exec {id} was removed before it had started");
+                let _ = reply.send(Err(ContainerError::State(what)));
+                return end_exec(process, cgroup, remover);
             }
         };
         // The exec waits for its own entry here, so that its streams can be opened by the time
         // the caller hears of it.
         let pid = process.pid;
-        self.execs.insert(id.clone(), Exec::There(process));
+        self.execs.insert(id.clone(), Exec::There(process, cgroup));
         let commands = self.commands.clone();
         tokio::spawn(async move {
             let started = match off(move || held.start()).await {
@@ -457,26 +485,40 @@ impl Owner {
         });
     }
 
-    fn remove_exec(&mut self, id: &str) -> Result<(), ContainerError> {
-        match self.execs.get(id) {
-            Some(Exec::Starting) => Err(ContainerError::State(format!(
-                "exec {id} is being started: it cannot be removed yet"
-            ))),
-            Some(Exec::There(process)) => {
-                if process.exit().borrow().is_none() {
-                    process.kill_group();
-                }
-                self.execs.remove(id);
-                Ok(())
+    fn remove_exec(&mut self, id: &str, reply: Reply<()>) {
+        let (process, cgroup) = match self.execs.remove(id) {
+            Some(Exec::There(process, cgroup)) => (process, cgroup),
+            Some(Exec::Starting) => {
+                self.execs.insert(id.to_owned(), Exec::Unwanted(reply));
+                return;
             }
-            None => Err(ContainerError::NotFound(format!("no exec {id}"))),
-        }
+            unknown => {
+                // Somebody else is removing it already.
+                if let Some(unwanted) = unknown {
+                    self.execs.insert(id.to_owned(), unwanted);
+                }
+                let what = format!("no exec {id}");
+                return drop(reply.send(Err(ContainerError::NotFound(what))));
+            }
+        };
+        end_exec(process, cgroup, reply);
     }
 
     fn endpoint(&self, exec: Option<&str>, which: Which) -> Result<Endpoint, ContainerError> {
-        self.process(exec)?
-            .endpoint(which)
-            .ok_or_else(|| ContainerError::State("the process was made without stdin".into()))
+        self.process(exec)?.endpoint(which).ok_or_else(|| {
+            let stream = format!("{which:?}").to_lowercase();
+            ContainerError::State(format!("the process was made without {stream}"))
+        })
+    }
+
+    fn resize(&self, exec: Option<&str>, size: Size) -> Result<(), ContainerError> {
+        match self.process(exec)?.resize(size) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(ContainerError::Internal(format!(
+                "cannot set the terminal's size: {error}"
+            ))),
+            None => Err(ContainerError::State("the process has no terminal".into())),
+        }
     }
 
     async fn remove(&mut self) -> Result<(), ContainerError> {
@@ -495,8 +537,25 @@ impl Owner {
     }
 }
 
+/// Ends an exec with all it has started, and its group. What one that is over has left behind goes
+/// on: it may be a daemon.
+fn end_exec(process: Process, cgroup: Cgroup, reply: Reply<()>) {
+    let over = process.exit().borrow().is_some();
+    drop(process);
+    tokio::spawn(async move {
+        let mut killed = Ok(());
+        if !over {
+            killed = cgroup.kill();
+            process::emptied(&cgroup).await;
+        }
+        let _ = off(move || cgroup.dissolve()).await;
+        let _ = reply.send(killed.map_err(ContainerError::from));
+    });
+}
+
 /// An exec and what it needs of its container.
 struct Beside {
+    id: String,
     process: spec::Process,
     stdin: bool,
     init: Arc<OwnedFd>,
@@ -508,27 +567,36 @@ struct Beside {
 async fn execute(
     beside: Beside,
     surroundings: Surroundings,
-) -> Result<(Process, Held), ContainerError> {
+) -> Result<(Process, Held, Cgroup), ContainerError> {
     let since = surroundings.reaper.now();
-    let cgroup = beside.cgroup.clone();
-    let launched = off(move || -> Result<Launched, ContainerError> {
+    let (launched, cgroup) = off(move || -> Result<(Launched, Cgroup), ContainerError> {
         let mut process = beside.process;
         user::resolve(&mut process.user, &beside.image)?;
-        let plan = plan::exec(&process, &beside.cgroup.path(), beside.filter)?;
-        Ok(launch::launch(
-            &plan,
-            Some(beside.init.as_fd()),
-            beside.stdin,
-        )?)
+        let cgroup = beside.cgroup.exec(&beside.id)?;
+        let launched = plan::exec(&process, &cgroup.path(), beside.filter)
+            .map_err(ContainerError::from)
+            .and_then(|plan| {
+                let init = Some(beside.init.as_fd());
+                Ok(launch::launch(&plan, init, beside.stdin)?)
+            });
+        match launched {
+            Ok(launched) => Ok((launched, cgroup)),
+            Err(error) => {
+                let _ = cgroup.kill();
+                cgroup.dissolve();
+                Err(error)
+            }
+        }
     })
     .await??;
     let ending = Ending {
         code: surroundings.reaper.exit(launched.pid, since),
-        cgroup,
+        cgroup: cgroup.clone(),
         last: false,
         attended: surroundings.attended,
     };
-    adopt(launched, ending)
+    let (process, held) = adopt(launched, ending)?;
+    Ok((process, held, cgroup))
 }
 
 /// Removes a container's group and directories; what is already gone is no error.

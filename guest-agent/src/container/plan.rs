@@ -6,6 +6,7 @@ use crate::container::capability;
 use crate::container::option::{self, MountOptions};
 use crate::container::seccomp::{self, Filter};
 use crate::container::spec::{Mount, Process, Resources, Spec};
+use crate::container::terminal::Size;
 
 /// Most mounts, masked and read-only paths of a container.
 const MOST_PATHS: usize = 1024;
@@ -122,6 +123,8 @@ pub struct Program {
     pub environment: Vec<String>,
     /// Absolute path in the container.
     pub directory: String,
+    /// Its stdio is a terminal of this size.
+    pub terminal: Option<Size>,
     /// User id.
     pub uid: u32,
     /// Group id.
@@ -326,8 +329,10 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
         }
     };
     // The size of the shared /dev/shm and the mode of a bind's source are not the mount's.
-    let options = match source {
+    let options = match &source {
         Source::Bind { .. } => options.without_data(),
+        // Its nodes are terminals, and nobody can make others there.
+        Source::FileSystem { kind, .. } if kind == "devpts" => options.with_devices(),
         _ => options,
     };
     Ok(Mounting {
@@ -338,12 +343,6 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
 }
 
 fn program(process: &Process) -> Result<Program, PlanError> {
-    if process.terminal {
-        return Err(PlanError::Refused {
-            field: "process.terminal",
-            why: "terminals are not made",
-        });
-    }
     if process.args.first().is_none_or(String::is_empty) {
         return Err(invalid("process.args", "names no program"));
     }
@@ -378,11 +377,20 @@ fn program(process: &Process) -> Result<Program, PlanError> {
             Ok((kind, limit.soft, limit.hard))
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let terminal = match process.terminal {
+        true => {
+            let size = process.console_size.unwrap_or_default();
+            let size = Size::new(size.width, size.height);
+            Some(size.map_err(|what| invalid("process.consoleSize", what))?)
+        }
+        false => None,
+    };
     let sets = process.capabilities.clone().unwrap_or_default();
     Ok(Program {
         arguments: process.args.clone(),
         environment: process.env.clone(),
         directory: directory.to_owned(),
+        terminal,
         uid: process.user.uid,
         gid: process.user.gid,
         groups: process.user.additional_gids.clone(),
@@ -443,6 +451,13 @@ mod tests {
         };
         assert_eq!(*of("/dev/shm"), shared);
         assert!(matches!(of("/etc/hosts"), Source::Bind { .. }));
+        let with_devices = tree
+            .mounts
+            .iter()
+            .filter(|mount| mount.options.attributes.set & crate::mount::NO_DEV == 0)
+            .map(|mount| mount.target.as_str())
+            .collect::<Vec<_>>();
+        assert_eq!(with_devices, ["/dev/pts"]);
     }
 
     #[test]
@@ -456,7 +471,6 @@ mod tests {
             ("/linux/devices", json!([{"path": "/dev/x", "type": "c"}])),
             ("/linux/sysctl", json!({"kernel.msgmax": "1"})),
             ("/linux/uidMappings", json!([{"size": 1}])),
-            ("/process/terminal", json!(true)),
         ] {
             let mut spec = usual();
             let (parent, name) = path.rsplit_once('/').unwrap();

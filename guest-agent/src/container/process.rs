@@ -10,11 +10,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::container::cgroup::Cgroup;
-use crate::container::launch::Launched;
+use crate::container::launch::{Ends, Launched};
+use crate::container::terminal::Size;
 use crate::dial::Stream;
 use crate::reap::ExitCode;
 use crate::sandbox::now_nanoseconds;
-use crate::stdio::{Input, Opening, Output, Progress};
+use crate::stdio::{End, Input, Opening, Output, Progress};
 
 /// How long output may lie without the host taking any, before the exit is told without it.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -75,7 +76,9 @@ pub struct Process {
     process: Arc<OwnedFd>,
     stdin: Option<Input>,
     stdout: Output,
-    stderr: Output,
+    /// None of a process with a terminal.
+    stderr: Option<Output>,
+    terminal: Option<End>,
     exit: watch::Receiver<Option<Exit>>,
 }
 
@@ -86,15 +89,27 @@ impl Process {
             pid,
             process,
             held,
-            stdin,
-            stdout,
-            stderr,
+            ends,
         } = launched;
-        let stdout = Output::start(stdout, RING_BYTES)?;
-        let stderr = Output::start(stderr, RING_BYTES)?;
-        let stdin = stdin.map(Input::start).transpose()?;
+        let (stdin, stdout, stderr, terminal) = match ends {
+            Ends::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            } => {
+                let stdin = stdin.map(End::new).transpose()?.map(Input::pipe);
+                (stdin, End::new(stdout)?, Some(End::new(stderr)?), None)
+            }
+            Ends::Terminal(master) => {
+                let master = End::new(master)?;
+                let stdin = Input::terminal(master.clone());
+                (Some(stdin), master.clone(), None, Some(master))
+            }
+        };
+        let stdout = Output::start(stdout, RING_BYTES);
+        let stderr = stderr.map(|stderr| Output::start(stderr, RING_BYTES));
         let (told, exit) = watch::channel(None);
-        let outputs = [stdout.progress(), stderr.progress()];
+        let outputs = (stdout.progress(), stderr.as_ref().map(Output::progress));
         tokio::spawn(async move {
             let exit = end(ending, outputs).await;
             told.send_replace(Some(exit));
@@ -105,6 +120,7 @@ impl Process {
             stdin,
             stdout,
             stderr,
+            terminal,
             exit,
         };
         Ok((process, held))
@@ -128,16 +144,12 @@ impl Process {
         }
     }
 
-    /// Kills it with the session it leads.
-    pub fn kill_group(&self) {
-        // While it is not reaped its number, which is its group's, is nobody else's.
-        if self.exit.borrow().is_none() && self.signal(0).is_ok() {
-            let _ = crate::sys::kill(-self.pid, libc::SIGKILL);
-        }
-        let _ = self.signal(libc::SIGKILL);
+    /// Gives its terminal a size; `None` when it has none.
+    pub fn resize(&self, size: Size) -> Option<io::Result<()>> {
+        self.terminal.as_ref().map(|end| size.apply(end.as_fd()))
     }
 
-    /// Where a stream to the host is handed in; `None` for a stdin it does not have.
+    /// Where a stream to the host is handed in; `None` for one it does not have.
     pub fn endpoint(&self, which: Which) -> Option<Endpoint> {
         match which {
             Which::Stdin => self
@@ -145,14 +157,20 @@ impl Process {
                 .as_ref()
                 .map(|stdin| Endpoint::Input(stdin.opening())),
             Which::Stdout => Some(Endpoint::Output(self.stdout.opening())),
-            Which::Stderr => Some(Endpoint::Output(self.stderr.opening())),
+            Which::Stderr => self
+                .stderr
+                .as_ref()
+                .map(|stderr| Endpoint::Output(stderr.opening())),
         }
     }
 }
 
 pub use crate::container::launch::Held;
 
-async fn end(ending: Ending, outputs: [watch::Receiver<Progress>; 2]) -> Exit {
+/// What comes out of a process: standard output, and standard error where it is apart.
+type Outputs = (watch::Receiver<Progress>, Option<watch::Receiver<Progress>>);
+
+async fn end(ending: Ending, outputs: Outputs) -> Exit {
     // The reaper lives as long as the agent.
     let code = ending.code.await.unwrap_or(128);
     let finished_at = now_nanoseconds();
@@ -184,14 +202,12 @@ pub async fn emptied(cgroup: &Cgroup) {
 ///
 /// Time counts only while a server is there; each acknowledgement starts it anew, once nobody
 /// can write any more.
-async fn drained(
-    [mut first, mut second]: [watch::Receiver<Progress>; 2],
-    mut attended: watch::Receiver<bool>,
-) -> u64 {
+async fn drained((mut first, mut second): Outputs, mut attended: watch::Receiver<bool>) -> u64 {
     let mut deadline = Instant::now() + DRAIN;
     let mut taken = 0;
     loop {
-        let now = [*first.borrow_and_update(), *second.borrow_and_update()];
+        let mut now = vec![*first.borrow_and_update()];
+        now.extend(second.as_mut().map(|second| *second.borrow_and_update()));
         if now.iter().all(Progress::is_complete) {
             return 0;
         }
@@ -207,13 +223,22 @@ async fn drained(
             .sum();
         tokio::select! {
             changed = first.changed() => if changed.is_err() { return lost },
-            changed = second.changed() => if changed.is_err() { return lost },
+            changed = news(&mut second) => if changed.is_err() { return lost },
             changed = attended.changed() => match changed {
                 Ok(()) => deadline = Instant::now() + DRAIN,
                 Err(_) => return lost,
             },
             () = tokio::time::sleep_until(deadline), if there => return lost,
         }
+    }
+}
+
+async fn news(
+    output: &mut Option<watch::Receiver<Progress>>,
+) -> Result<(), watch::error::RecvError> {
+    match output {
+        Some(output) => output.changed().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -234,7 +259,7 @@ mod tests {
         let (_out, first) = watch::channel(progress(true, 10, 4));
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (_there, attended) = watch::channel(true);
-        assert_eq!(drained([first, second], attended).await, 6);
+        assert_eq!(drained((first, Some(second)), attended).await, 6);
     }
 
     #[tokio::test(start_paused = true)]
@@ -242,7 +267,7 @@ mod tests {
         let (out, first) = watch::channel(progress(true, 10, 4));
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (there, attended) = watch::channel(false);
-        let drain = tokio::spawn(drained([first, second], attended));
+        let drain = tokio::spawn(drained((first, Some(second)), attended));
         tokio::time::sleep(DRAIN * 100).await;
         there.send_replace(true);
         out.send_replace(progress(true, 10, 10));
@@ -254,6 +279,6 @@ mod tests {
         let (_out, first) = watch::channel(progress(false, 10, 10));
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (_there, attended) = watch::channel(true);
-        assert_eq!(drained([first, second], attended).await, 0);
+        assert_eq!(drained((first, Some(second)), attended).await, 0);
     }
 }

@@ -49,8 +49,10 @@ pub struct Mount {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Process {
-    /// Refused.
+    /// Whether its stdio is a terminal.
     pub terminal: bool,
+    /// The terminal's first size.
+    pub console_size: Option<ConsoleSize>,
     /// By number.
     pub user: User,
     /// At least the program.
@@ -67,6 +69,16 @@ pub struct Process {
     pub no_new_privileges: bool,
     /// -1000 to 1000.
     pub oom_score_adj: Option<i32>,
+}
+
+/// A terminal's size, in characters.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(default)]
+pub struct ConsoleSize {
+    /// Rows.
+    pub height: u32,
+    /// Columns.
+    pub width: u32,
 }
 
 /// A user.

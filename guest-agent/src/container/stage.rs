@@ -22,6 +22,7 @@ use rustix::thread::CapabilitySet;
 use crate::container::message::{self, Message};
 use crate::container::plan::{Place, Plan, Program};
 use crate::container::seccomp::{self, Filter};
+use crate::container::terminal::Terminal;
 use crate::container::{capability, rootfs};
 use crate::sys;
 
@@ -64,7 +65,8 @@ pub fn main() -> ExitCode {
 /// Descriptors that come with the plan.
 struct Given {
     plan: Plan,
-    stdio: [OwnedFd; 3],
+    /// `None`: a terminal is to be made.
+    pipes: Option<[OwnedFd; 3]>,
     /// A PID namespace or a process to join.
     other: Option<OwnedFd>,
 }
@@ -103,8 +105,14 @@ fn run(socket: BorrowedFd<'_>) -> Result<(), StageError> {
             )?;
         }
         (Place::Beside, Some(process)) => {
-            let all = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWCGROUP;
+            let all = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
             step("join the container's namespaces", sys::enter(process, all))?;
+            // The group is this process's own, below the container's: seen from inside it is the
+            // root as the container's own processes see theirs.
+            step(
+                "make a cgroup namespace",
+                sys::unshare(libc::CLONE_NEWCGROUP),
+            )?;
         }
         (_, None) => return Err(StageError::Program("a descriptor is missing".into())),
     }
@@ -131,19 +139,23 @@ fn receive(socket: BorrowedFd<'_>) -> Result<Given, StageError> {
         "read the plan",
         fs::File::from(next()?).read_to_end(&mut json),
     )?;
-    let plan = step(
+    let plan: Plan = step(
         "read the plan",
         serde_json::from_slice(&json).map_err(io::Error::from),
     )?;
+    let pipes = match plan.program.terminal {
+        None => Some([next()?, next()?, next()?]),
+        Some(_) => None,
+    };
     Ok(Given {
         plan,
-        stdio: [next()?, next()?, next()?],
+        pipes,
         other: descriptors.next(),
     })
 }
 
 fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError> {
-    let Given { plan, stdio, other } = given;
+    let Given { plan, pipes, other } = given;
     let program = &plan.program;
     drop(other);
     step("begin a session", rustix::process::setsid())?;
@@ -153,16 +165,29 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
         rootfs::enter(tree, &program.directory)?;
     }
     enter_directory(&program.directory)?;
-    take_stdio(stdio, program)?;
+    let terminal = match program.terminal {
+        Some(size) => Some(step("open a terminal", Terminal::open(size))?),
+        None => None,
+    };
+    if let (Some(terminal), Place::New { .. }) = (&terminal, &plan.place) {
+        step("make /dev/console", terminal.show_as_console())?;
+    }
+    match (&terminal, &pipes) {
+        (Some(terminal), _) => take_stdio([&terminal.slave; 3], program)?,
+        (None, Some([stdin, stdout, stderr])) => take_stdio([stdin, stdout, stderr], program)?,
+        (None, None) => return Err(StageError::Program("a descriptor is missing".into())),
+    }
     for (resource, soft, hard) in &program.limits {
         limit(*resource, *soft, *hard)?;
     }
     let home = home_of(program.uid);
     take_user(program)?;
+    let master: Vec<_> = terminal.iter().map(|both| both.master.as_fd()).collect();
     step(
         "send that it is ready",
-        message::send(socket, &Message::Ready, &[]),
+        message::send(socket, &Message::Ready, &master),
     )?;
+    drop(terminal);
     match step("wait for the start", message::receive(socket))? {
         Some((Message::Go, _)) => {}
         _ => return Err(StageError::Alone),
@@ -187,20 +212,25 @@ fn enter_directory(directory: &str) -> Result<(), StageError> {
     Ok(())
 }
 
-/// The pipes become the user's own, so that it can open /dev/stdout again.
-fn take_stdio(stdio: [OwnedFd; 3], program: &Program) -> Result<(), StageError> {
-    let [stdin, stdout, stderr] = stdio;
+/// Pipes and terminal become the user's own, so that it can open /dev/stdout again. A terminal
+/// keeps its group, which is the devpts's choice.
+fn take_stdio(stdio: [&OwnedFd; 3], program: &Program) -> Result<(), StageError> {
     let owner = Some(Uid::from_raw(program.uid));
-    for pipe in [&stdin, &stdout, &stderr] {
-        let kind = step("look at stdio", rustix::fs::fstat(pipe))?.st_mode;
-        if rustix::fs::FileType::from_raw_mode(kind) == rustix::fs::FileType::Fifo {
-            let given = rustix::fs::fchown(pipe, owner, Some(Gid::from_raw(program.gid)));
-            step("give stdio to the user", given)?;
-        }
+    for end in stdio {
+        let kind = step("look at stdio", rustix::fs::fstat(end))?.st_mode;
+        let group = match rustix::fs::FileType::from_raw_mode(kind) {
+            rustix::fs::FileType::Fifo => Some(Gid::from_raw(program.gid)),
+            _ if program.terminal.is_some() => None,
+            // /dev/null, which is everybody's.
+            _ => continue,
+        };
+        let given = rustix::fs::fchown(end, owner, group);
+        step("give stdio to the user", given)?;
     }
-    step("set stdin", rustix::stdio::dup2_stdin(&stdin))?;
-    step("set stdout", rustix::stdio::dup2_stdout(&stdout))?;
-    step("set stderr", rustix::stdio::dup2_stderr(&stderr))
+    let [stdin, stdout, stderr] = stdio;
+    step("set stdin", rustix::stdio::dup2_stdin(stdin))?;
+    step("set stdout", rustix::stdio::dup2_stdout(stdout))?;
+    step("set stderr", rustix::stdio::dup2_stderr(stderr))
 }
 
 fn limit(resource: u32, soft: u64, hard: u64) -> Result<(), StageError> {

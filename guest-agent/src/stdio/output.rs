@@ -1,13 +1,12 @@
 //! One output stream: from the process's pipe through a ring to the host.
 
 use std::io;
-use std::os::fd::OwnedFd;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::dial::Stream;
+use crate::stdio::End;
 use crate::stdio::ring::Ring;
 
 /// Most bytes moved in one step.
@@ -84,22 +83,21 @@ impl Opening {
 }
 
 impl Output {
-    /// Reads `pipe` from now on, keeping at most `capacity` bytes that nobody has acknowledged.
-    pub fn start(pipe: OwnedFd, capacity: usize) -> io::Result<Self> {
-        let pipe = pipe::Receiver::from_owned_fd(pipe)?;
+    /// Reads `source` from now on, keeping at most `capacity` bytes that nobody has acknowledged.
+    pub fn start(source: End, capacity: usize) -> Self {
         let (commands, incoming) = mpsc::channel(4);
         let (progress, watched) = watch::channel(Progress::default());
         let pump = Pump {
-            pipe: Some(pipe),
+            source: Some(source),
             ring: Ring::new(capacity),
             stream: None,
             progress,
         };
         tokio::spawn(pump.run(incoming));
-        Ok(Self {
+        Self {
             commands,
             progress: watched,
-        })
+        }
     }
 
     /// To open a stream to the host.
@@ -130,7 +128,7 @@ struct Fed {
 /// The task's own state.
 struct Pump {
     /// `None` after its end.
-    pipe: Option<pipe::Receiver>,
+    source: Option<End>,
     ring: Ring,
     stream: Option<Fed>,
     progress: watch::Sender<Progress>,
@@ -144,7 +142,7 @@ impl Pump {
                     Some(command) => self.obey(command),
                     None => return,
                 },
-                () = readable(&self.pipe, self.ring.room()) => self.read(),
+                () = readable(&self.source, self.ring.room()) => self.read(),
                 () = acknowledged(&self.stream) => self.take_acknowledgement(),
                 () = writable(&self.stream, self.ring.end()) => self.write(),
             }
@@ -182,19 +180,19 @@ impl Pump {
     }
 
     fn read(&mut self) {
-        let Some(pipe) = &self.pipe else { return };
+        let Some(source) = &self.source else { return };
         let mut buffer = [0; STEP];
         let room = self.ring.room().min(STEP);
         let Some(buffer) = buffer.get_mut(..room) else {
             return;
         };
-        match pipe.try_read(buffer) {
-            Ok(0) => self.pipe = None,
+        match source.try_read(buffer) {
+            Ok(0) => self.source = None,
             Ok(length) => {
                 self.ring.append(buffer.get(..length).unwrap_or_default());
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.pipe = None,
+            Err(_) => self.source = None,
         }
     }
 
@@ -234,7 +232,7 @@ impl Pump {
     /// Tells the host of the end once it has been sent everything.
     async fn finish(&mut self) {
         let Some(fed) = &mut self.stream else { return };
-        if self.pipe.is_none() && !fed.finished && fed.next >= self.ring.end() {
+        if self.source.is_none() && !fed.finished && fed.next >= self.ring.end() {
             fed.finished = true;
             if fed.stream.shutdown().await.is_err() {
                 self.stream = None;
@@ -244,7 +242,7 @@ impl Pump {
 
     fn publish(&self) {
         let now = Progress {
-            ended: self.pipe.is_none(),
+            ended: self.source.is_none(),
             read: self.ring.end(),
             acknowledged: self.ring.start(),
         };
@@ -256,10 +254,10 @@ impl Pump {
     }
 }
 
-async fn readable(pipe: &Option<pipe::Receiver>, room: usize) {
-    match pipe {
+async fn readable(source: &Option<End>, room: usize) {
+    match source {
         // A full ring: the pipe fills up, and then the process waits.
-        Some(pipe) if room > 0 => drop(pipe.readable().await),
+        Some(source) if room > 0 => source.readable().await,
         _ => std::future::pending().await,
     }
 }
@@ -294,7 +292,7 @@ mod tests {
         fn new() -> Self {
             let (pipe, process) = rustix::pipe::pipe().unwrap();
             Self {
-                output: Output::start(pipe, CAPACITY).unwrap(),
+                output: Output::start(End::new(pipe).unwrap(), CAPACITY),
                 process: process.into(),
             }
         }

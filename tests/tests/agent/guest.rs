@@ -395,7 +395,7 @@ pub fn image(home: &Path) -> PathBuf {
     for name in [
         "sh", "cat", "echo", "id", "ls", "sleep", "true", "touch", "hostname", "kill", "head",
         "dd", "mount", "umount", "mkdir", "mknod", "grep", "pwd", "env", "wc", "seq", "nc", "ps",
-        "stat", "readlink", "setsid", "printf", "tail", "awk", "df",
+        "stat", "readlink", "setsid", "stty", "printf", "tail", "awk", "df",
     ] {
         std::os::unix::fs::symlink("busybox", tree.join("bin").join(name)).unwrap();
     }

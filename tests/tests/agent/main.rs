@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod guest;
+mod terminal;
 
 use bulkhead_agent_api::v1::{self as api, Stdio};
 use guest::{Ask, Guest};

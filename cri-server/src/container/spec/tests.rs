@@ -269,9 +269,38 @@ fn what_a_vm_cannot_do_is_refused_by_name() {
 #[test]
 fn an_exec_runs_as_its_container_does() {
     let container = process_of(&cri::ContainerConfig::default());
-    let process = exec_process(&container, &words(&["true"])).unwrap();
+    let process = exec_process(&container, &words(&["true"]), false).unwrap();
     assert_eq!(process.args(), &Some(words(&["true"])));
     assert_eq!(process.env(), container.env());
     assert_eq!(process.user(), container.user());
-    assert!(exec_process(&container, &[]).is_err());
+    assert!(exec_process(&container, &[], false).is_err());
+}
+
+#[test]
+fn a_terminal_is_named_unless_the_container_says_how() {
+    let mut container = cri::ContainerConfig {
+        tty: true,
+        ..Default::default()
+    };
+    let terminal = |process: &Process| -> Vec<String> {
+        let variables = process.env().clone().unwrap();
+        let named = |variable: &String| variable.starts_with("TERM=");
+        variables.into_iter().filter(named).collect()
+    };
+    let process = process_of(&container);
+    assert_eq!(process.terminal(), Some(true));
+    assert_eq!(terminal(&process), ["TERM=xterm"]);
+    let plain = exec_process(&process, &words(&["true"]), false).unwrap();
+    assert_eq!(plain.terminal(), Some(false));
+    container.envs = vec![cri::KeyValue {
+        key: "TERM".into(),
+        value: "linux".into(),
+    }];
+    let process = process_of(&container);
+    assert_eq!(terminal(&process), ["TERM=linux"]);
+    let exec = exec_process(&process, &words(&["true"]), true).unwrap();
+    assert_eq!(terminal(&exec), ["TERM=linux"]);
+    let without = process_of(&cri::ContainerConfig::default());
+    let exec = exec_process(&without, &words(&["true"]), true).unwrap();
+    assert_eq!(terminal(&exec), ["TERM=xterm"]);
 }

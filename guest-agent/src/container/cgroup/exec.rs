@@ -1,0 +1,56 @@
+//! A group for each exec, below its container's: what the exec has started can be ended with it,
+//! wherever it has moved in the process tree. No controller is offered to it, so that its processes
+//! count as the container's own.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+
+use super::{Cgroup, CgroupError};
+
+/// How the name of an exec's group begins; no file of the kernel's does.
+const EXEC: &str = "exec-";
+/// How often processes are moved out of a group that is to go: they may fork meanwhile.
+const ATTEMPTS: usize = 16;
+
+impl Cgroup {
+    /// Makes the group of exec `id` of this container.
+    pub fn exec(&self, id: &str) -> Result<Self, CgroupError> {
+        let path = self.path.join(format!("{EXEC}{id}"));
+        fs::create_dir(&path).map_err(|source| CgroupError::Directory {
+            what: "make",
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self { path })
+    }
+
+    /// The numbers of the container's processes, those of its execs too, a line each.
+    pub(super) fn processes(&self) -> io::Result<String> {
+        let mut all = fs::read_to_string(self.path.join("cgroup.procs"))?;
+        for entry in fs::read_dir(&self.path)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(EXEC) {
+                // One that is over is gone, and its processes with it.
+                all += &fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
+            }
+        }
+        Ok(all)
+    }
+
+    /// Removes the group of an exec that is over. What it left running becomes the container's.
+    /// Where that fails the group stays until the container is removed.
+    pub fn dissolve(&self) {
+        let Some(container) = self.path.parent() else {
+            return;
+        };
+        for _ in 0..ATTEMPTS {
+            match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
+                _ => return,
+            }
+            let left = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
+            for process in left.lines() {
+                let _ = fs::write(container.join("cgroup.procs"), process);
+            }
+        }
+    }
+}

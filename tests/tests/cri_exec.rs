@@ -1,0 +1,222 @@
+//! ExecSync at its edges: what a command leaves behind, much output, little memory, many at once.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::cri::{Cri, refused};
+use bulkhead_tests::request::{resources, sleeper};
+use bulkhead_tests::{Node, suite};
+use tonic::Code;
+
+suite! {
+    exec_is_killed_with_all_it_has_started,
+    exec_of_a_client_that_vanishes_is_killed,
+    exec_leaves_a_daemon_alone,
+    exec_lasts_as_long_as_its_output_is_held,
+    exec_output_is_cut_at_16_mib,
+    exec_sees_the_cgroup_of_its_container,
+    exec_works_in_a_container_that_is_full,
+    exec_ends_with_its_container,
+    exec_of_what_is_no_program_names_it,
+    many_execs_run_at_once,
+    execs_leave_nothing_in_the_guest,
+}
+
+/// Looks again and again until the container's processes are as wanted.
+fn processes_become(cri: &Cri, id: &str, pattern: &str, wanted: usize) -> Result<()> {
+    let count = format!("ps -o args | grep -c '^{pattern}' || true");
+    let mut found = String::new();
+    for _ in 0..200 {
+        found = cri.shell(id, &count)?;
+        if found == wanted.to_string() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    anyhow::bail!("{found} processes {pattern:?}, not {wanted}")
+}
+
+fn exec_is_killed_with_all_it_has_started(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-tree")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    // Neither of its session nor of its process tree, and without its output.
+    let line = "(setsid sleep 7601 >/dev/null 2>&1 &); sleep 7601 & sleep 7601";
+    let answer = cri.exec_for(&id, &["/bin/sh", "-c", line], 2);
+    refused(answer, &[Code::DeadlineExceeded])?;
+    let left = cri.shell(&id, "ps -o args | grep -c '^sleep 7601' || true")?;
+    ensure!(left == "0", "{left} processes of the exec go on");
+    Ok(())
+}
+
+fn exec_of_a_client_that_vanishes_is_killed(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-vanish")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let line = "(setsid sleep 7602 &); touch /began; sleep 7602";
+    cri.exec_and_vanish(&id, &["/bin/sh", "-c", line], Duration::from_secs(3))?;
+    ensure!(cri.shell(&id, "ls /began")? == "/began", "it never began");
+    processes_become(cri, &id, "sleep 7602", 0)
+}
+
+fn exec_leaves_a_daemon_alone(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-daemon")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    cri.shell(&id, "setsid sleep 7603 >/dev/null 2>&1 &")?;
+    for _ in 0..3 {
+        processes_become(cri, &id, "sleep 7603", 1)?;
+    }
+    Ok(())
+}
+
+fn exec_lasts_as_long_as_its_output_is_held(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-held")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let line = "(sleep 2; echo late) & echo early; exit 4";
+    let reply = cri.exec_for(&id, &["/bin/sh", "-c", line], 60)?;
+    ensure!(reply.stdout == b"early\nlate\n", "{reply:?}");
+    ensure!(reply.exit_code == 4, "{reply:?}");
+    Ok(())
+}
+
+fn exec_output_is_cut_at_16_mib(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-output")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let line = "head -c 17000000 /dev/zero; head -c 17000000 /dev/zero >&2; exit 6";
+    let reply = cri.exec_for(&id, &["/bin/sh", "-c", line], 0)?;
+    let (out, err) = (reply.stdout.len(), reply.stderr.len());
+    ensure!(out == 16 << 20 && err == 16 << 20, "{out} and {err} bytes");
+    ensure!(reply.exit_code == 6, "exit code {}", reply.exit_code);
+    Ok(())
+}
+
+fn exec_sees_the_cgroup_of_its_container(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-cgroup")?;
+    let mut config = sleeper("sleeper", &node.base()?);
+    resources(&mut config).memory_limit_in_bytes = 64 << 20;
+    let id = pod.start(&config)?;
+    let line = "cat /proc/self/cgroup /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max";
+    let seen = cri.shell(&id, line)?;
+    ensure!(seen == format!("0::/\n{}", 64 << 20), "{seen:?}");
+    Ok(())
+}
+
+fn exec_works_in_a_container_that_is_full(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-full")?;
+    let mut config = sleeper("sleeper", &node.base()?);
+    resources(&mut config).memory_limit_in_bytes = 48 << 20;
+    let id = pod.start(&config)?;
+    // Memory that cannot be reclaimed, short of the limit by what a few small processes need.
+    cri.shell(&id, "head -c 40000000 /dev/zero > /dev/shm/fill")?;
+    for _ in 0..5 {
+        ensure!(
+            cri.shell(&id, "echo fine")? == "fine",
+            "an exec in what is left"
+        );
+    }
+    let hog = "BEGIN { s = \"xxxxxxxx\"; while (1) s = s s }";
+    let reply = cri.exec_for(&id, &["awk", hog], 0)?;
+    ensure!(reply.exit_code == 137, "{reply:?}");
+    ensure!(
+        cri.shell(&id, "echo fine")? == "fine",
+        "an exec after the kill"
+    );
+    // Nothing at all is left: an answer has to come all the same, and execs go on afterwards.
+    let over = cri.exec_for(&id, &["/bin/sh", "-c", "cat /dev/zero > /dev/shm/more"], 0);
+    ensure!(
+        over.as_ref().map_or(true, |reply| reply.exit_code != 0),
+        "{over:?}"
+    );
+    for _ in 0..3 {
+        let _ = cri.exec_for(&id, &["true"], 30);
+    }
+    Ok(())
+}
+
+fn exec_ends_with_its_container(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-ends")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    thread::scope(|scope| {
+        let exec = scope.spawn(|| cri.exec_for(&id, &["sleep", "7604"], 0));
+        processes_become(cri, &id, "sleep 7604", 1)?;
+        cri.stop(&id, 0)?;
+        let ended = exec.join().ok().context("the thread has panicked")?;
+        let reply = ended.context("ExecSync")?;
+        ensure!(reply.exit_code == 137, "{reply:?}");
+        Ok(())
+    })
+}
+
+fn exec_of_what_is_no_program_names_it(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-no-program")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    for program in ["/no/such/program", "no-such-program", "/etc", "/etc/passwd"] {
+        let answer = cri.exec_for(&id, &[program], 0);
+        let message = refused(answer, &[Code::FailedPrecondition])?;
+        ensure!(message.contains(program), "{message}");
+    }
+    Ok(())
+}
+
+fn many_execs_run_at_once(node: &Node) -> Result<()> {
+    const COUNT: usize = 50;
+    let cri = node.cri()?;
+    let pod = node.pod("exec-many")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    thread::scope(|scope| {
+        let run = |number: usize| {
+            let line = format!("echo {number}; exit {number}");
+            cri.exec_for(&id, &["/bin/sh", "-c", &line], 0)
+        };
+        let begun: Vec<_> = (0..COUNT)
+            .map(|number| scope.spawn(move || run(number)))
+            .collect();
+        for (number, exec) in begun.into_iter().enumerate() {
+            let reply = exec.join().ok().context("a thread has panicked")?;
+            let reply = reply.with_context(|| format!("exec {number}"))?;
+            ensure!(
+                reply.stdout == format!("{number}\n").as_bytes(),
+                "{reply:?}"
+            );
+            ensure!(reply.exit_code == i32::try_from(number)?, "{reply:?}");
+        }
+        Ok(())
+    })
+}
+
+fn execs_leave_nothing_in_the_guest(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-leak")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    // Of the whole guest: kB of anonymous memory, open files, groups below the container's.
+    let look = || -> Result<(u64, u64, u64)> {
+        let line = "sleep 1; awk '/^AnonPages/ { print $2 }' /proc/meminfo;
+            awk '{ print $1 }' /proc/sys/fs/file-nr;
+            awk '/^nr_descendants/ { print $2 }' /sys/fs/cgroup/cgroup.stat";
+        let said = cri.shell(&id, line)?;
+        let mut numbers = said.lines().map(str::parse);
+        let mut next = || anyhow::Ok(numbers.next().with_context(|| said.clone())??);
+        Ok((next()?, next()?, next()?))
+    };
+    let run = |times: usize| (0..times).try_for_each(|_| cri.shell(&id, "echo again").map(drop));
+    // One that leaves a daemon behind leaves no group for it.
+    cri.shell(&id, "setsid sleep 7605 >/dev/null 2>&1 &")?;
+    run(20)?;
+    let before = look()?;
+    run(100)?;
+    let after = look()?;
+    let seen = format!("{before:?}, then {after:?}");
+    ensure!(after.0 < before.0 + 256, "memory: {seen}");
+    ensure!(after.1 < before.1 + 64, "open files: {seen}");
+    // That of the look itself.
+    ensure!(after.2 <= 1, "cgroups: {seen}");
+    Ok(())
+}
