@@ -57,8 +57,8 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    /// Builds and installs what is missing.
-    pub fn prepare() -> Result<Self> {
+    /// Builds and installs what is missing. The VMs alone boot `kernel`, or else the product's.
+    pub fn prepare(kernel: Option<&Path>) -> Result<Self> {
         let artefacts = artefacts::build(Profile::Release, None)?;
         for packages in [
             &["gcc", "libc6-dev", "qemu-system-x86"],
@@ -82,8 +82,13 @@ impl Clocks {
         ]))?;
         let directory = place::target().join("bench");
         fs::create_dir_all(&directory)?;
-        for name in ["bulkhead-vmm", "vmlinux"] {
-            fs::copy(artefacts.join(name), directory.join(name))?;
+        let vmm = artefacts.join("bulkhead-vmm");
+        let product = artefacts.join("vmlinux");
+        for (file, name) in [
+            (&*vmm, "bulkhead-vmm"),
+            (kernel.unwrap_or(&product), "vmlinux"),
+        ] {
+            fs::copy(file, directory.join(name)).with_context(|| file.display().to_string())?;
         }
         guests(&directory)?;
         Ok(Self {

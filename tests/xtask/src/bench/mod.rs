@@ -4,7 +4,7 @@ mod clock;
 mod table;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -26,15 +26,19 @@ pub struct Arguments {
 enum Subject {
     /// How a VM starts, beside Debian's QEMU microvm with the same kernel and initramfs, and how a
     /// pod does, beside Debian's containerd and runc with the same image
-    Start,
+    Start {
+        /// Start VMs only, and with this kernel (an uncompressed ELF)
+        #[arg(long, value_name = "FILE")]
+        kernel: Option<PathBuf>,
+    },
     /// How a pod that runs takes a second container and commands, beside containerd and runc
     Exec,
 }
 
 /// `cargo xtask bench`.
 pub fn command(arguments: &Arguments) -> Result<ExitCode> {
-    match arguments.subject {
-        Subject::Start => start(),
+    match &arguments.subject {
+        Subject::Start { kernel } => start(kernel.as_deref()),
         Subject::Exec => exec(),
     }
 }
@@ -59,25 +63,29 @@ const TIMES: [(Clock, &str, Unit); 2] = [
     ),
 ];
 
-fn start() -> Result<ExitCode> {
-    let clocks = Clocks::prepare()?;
+fn start(kernel: Option<&Path>) -> Result<ExitCode> {
+    let clocks = Clocks::prepare(kernel)?;
     let (mut vms, mut pods) = (Vec::new(), Vec::new());
     for (clock, words, unit) in TIMES {
         vms.push((words, unit, clocks.vms(clock)?));
-        pods.push((words, unit, clocks.pods(clock)?));
+        if kernel.is_none() {
+            pods.push((words, unit, clocks.pods(clock)?));
+        }
     }
     println!(
         "Medians of {RUNS} runs (largest less smallest, in % of the median), in the nested \
          test machine; ≤: aim"
     );
     print_vms(&vms)?;
-    print_pods(&pods)?;
-    print_sizes(&clocks)?;
+    if kernel.is_none() {
+        print_pods(&pods)?;
+        print_sizes(&clocks)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 fn exec() -> Result<ExitCode> {
-    let clocks = Clocks::prepare()?;
+    let clocks = Clocks::prepare(None)?;
     println!("Medians of {RUNS} runs, in the nested test machine; ≤: aim");
     let table = Table {
         own: "bulkhead",
