@@ -2,6 +2,7 @@
 
 mod capability;
 pub mod cgroup;
+pub mod device;
 mod launch;
 mod message;
 mod option;

@@ -232,6 +232,32 @@ impl Root {
         }
         Ok(at)
     }
+
+    /// As [`Root::find_or_make`] of a directory to which no symbolic link leads.
+    pub fn find_or_make_plain(&self, path: &str) -> io::Result<OwnedFd> {
+        let find = || {
+            rustix::fs::openat2(
+                &self.directory,
+                path,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS,
+            )
+        };
+        let found = match find() {
+            Err(rustix::io::Errno::NOENT) => {
+                self.find_or_make(path, Missing::Directory)?;
+                find()
+            }
+            found => found,
+        };
+        found.map_err(|error| match error {
+            rustix::io::Errno::LOOP => {
+                io::Error::other("a symbolic link of the image stands on the way")
+            }
+            error => error.into(),
+        })
+    }
 }
 
 fn make(directory: BorrowedFd<'_>, name: &str, missing: Option<Missing>) -> io::Result<()> {
@@ -276,6 +302,50 @@ mod tests {
         assert!(inside.join("a/b").is_dir());
         root.find_or_make("/away/made", Missing::File).unwrap();
         assert!(inside.join("etc/made").is_file());
+    }
+
+    #[test]
+    fn a_plain_directory_has_no_link_on_its_way() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::create_dir(home.path().join("there")).unwrap();
+        symlink("/", home.path().join("proc")).unwrap();
+        let root = root(home.path());
+        for path in ["/proc", "/proc/there"] {
+            let refusal = root.find_or_make_plain(path).unwrap_err().to_string();
+            assert!(refusal.contains("symbolic link"), "{refusal}");
+        }
+        root.find_or_make_plain("/there/made").unwrap();
+        assert!(home.path().join("there/made").is_dir());
+    }
+
+    /// A container that shares a directory with the one being made moves things about in it.
+    #[test]
+    fn an_exchange_while_a_path_is_made_does_not_lead_outside() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let home = tempfile::tempdir().unwrap();
+        let inside = home.path().join("root");
+        let outside = home.path().join("outside");
+        std::fs::create_dir_all(inside.join("shared/a")).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        symlink(&outside, inside.join("shared/b")).unwrap();
+        let shared = rustix::fs::open(inside.join("shared"), OFlags::PATH, Mode::empty()).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let exchange = rustix::fs::RenameFlags::EXCHANGE;
+                    rustix::fs::renameat_with(&shared, "a", &shared, "b", exchange).unwrap();
+                }
+            });
+            let root = root(&inside);
+            let made = (0..2000).filter(|number| {
+                let path = format!("/shared/a/{number}/file");
+                root.find_or_make(&path, Missing::File).is_ok()
+            });
+            assert!(made.count() > 0);
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
     }
 
     #[test]

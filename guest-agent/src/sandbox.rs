@@ -12,13 +12,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_agent_api::v1::{CreateContainerRequest, File, PrepareRequest};
 use bulkhead_agent_api::{Greeting, Purpose, Secret};
 use rustix::time::{ClockId, Timespec};
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 
-use crate::container::plan::{self, Places};
-use crate::container::spec::Resources;
+use crate::container::plan::{self, Place, Places};
+use crate::container::spec::{Resources, Spec};
 use crate::container::{
-    self, Cgroup, Container, ContainerError, Endpoint, NewContainer, PlanError, Surroundings, off,
-    pause, user,
+    self, Cgroup, Container, ContainerError, Endpoint, NewContainer, PlanError, Surroundings,
+    device, off, pause, user,
 };
 use crate::dial::Dialer;
 use crate::disk::{DiskError, Disks, SCRATCH};
@@ -83,7 +83,18 @@ pub fn now_nanoseconds() -> i64 {
 #[derive(Debug)]
 struct Prepared {
     resolv_conf: String,
-    pids: Option<Arc<OwnedFd>>,
+    /// The PID namespace of the containers that make none of their own.
+    pids: OnceCell<Arc<OwnedFd>>,
+}
+
+impl Prepared {
+    async fn pids(&self) -> Result<Arc<OwnedFd>, ContainerError> {
+        let made = self.pids.get_or_try_init(async || {
+            let namespace = off(pause::start).await??;
+            Ok::<_, ContainerError>(Arc::new(namespace))
+        });
+        made.await.map(Arc::clone)
+    }
 }
 
 /// A container's ids in effect.
@@ -142,7 +153,11 @@ impl Sandbox {
             let limits = plan::read_resources(&request.resources).map_err(ContainerError::from)?;
             limit_pod(limits).await?;
         }
+        let shared_pids = request.shared_pid_namespace;
         let prepared = off(move || prepare(request)).await??;
+        if shared_pids {
+            prepared.pids().await?;
+        }
         self.prepared
             .set(prepared)
             .map_err(|_| SandboxError::State("the sandbox was prepared before".into()))
@@ -218,8 +233,15 @@ impl Sandbox {
             .disks
             .image(request.image_serial.clone(), id.clone())
             .await?;
-        let (pids, resolv_conf) = (prepared.pids.clone(), prepared.resolv_conf.clone());
-        let (new, created) = off(move || set_out(request, image, pids, &resolv_conf)).await??;
+        let spec = plan::read_spec(&request.spec).map_err(ContainerError::from)?;
+        let pids = match request.pid_target.as_str() {
+            "" if plan::own_pids(&spec) => None,
+            "" => Some(prepared.pids().await?),
+            target => Some(self.container(target)?.init().await?),
+        };
+        let resolv_conf = prepared.resolv_conf.clone();
+        let (new, created) =
+            off(move || set_out(request, spec, image, pids, &resolv_conf)).await??;
         let (cgroup, directories) = (new.cgroup.clone(), new.directories.clone());
         match Container::create(new, self.surroundings.clone()).await {
             Ok((container, pid)) => Ok((container, Created { pid, ..created })),
@@ -355,13 +377,9 @@ fn prepare(request: PrepareRequest) -> Result<Prepared, SandboxError> {
         let sized = rustix::mount::mount_remount("/dev/shm", flags, options.as_c_str());
         step("size /dev/shm", sized)?;
     }
-    let pids = match request.shared_pid_namespace {
-        true => Some(Arc::new(pause::start().map_err(ContainerError::Launch)?)),
-        false => None,
-    };
     Ok(Prepared {
         resolv_conf: request.resolv_conf,
-        pids,
+        pids: OnceCell::new(),
     })
 }
 
@@ -409,14 +427,15 @@ pub fn check_id(what: &str, id: &str) -> Result<(), SandboxError> {
 /// Works out and makes what a container needs before its process.
 fn set_out(
     request: CreateContainerRequest,
+    mut spec: Spec,
     image: String,
     pids: Option<Arc<OwnedFd>>,
     resolv_conf: &str,
 ) -> Result<(NewContainer, Created), SandboxError> {
     let id = request.container_id;
-    let mut spec = plan::read_spec(&request.spec).map_err(ContainerError::from)?;
     if let Some(process) = &mut spec.process {
-        user::resolve(&mut process.user, &image).map_err(ContainerError::from)?;
+        let merge = !request.strict_groups;
+        user::resolve(&mut process.user, &image, merge).map_err(ContainerError::from)?;
     }
     let scratch = format!("{SCRATCH}/containers/{id}");
     let home = format!("{FILES}/{id}");
@@ -457,8 +476,17 @@ fn set_out(
         .linux
         .as_ref()
         .and_then(|linux| linux.resources.as_ref());
+    let listed = resources.map(|resources| resources.devices.as_slice());
+    let rules = device::rules(listed.unwrap_or_default()).map_err(ContainerError::from)?;
+    if let Place::New { tree, .. } = &plan.place {
+        device::check(&tree.devices).map_err(ContainerError::from)?;
+    }
     let cgroup = Cgroup::create(&id, resources).map_err(ContainerError::from)?;
-    if let Err(error) = write_files(&home, &files) {
+    let confined = step(
+        "confine the container's devices",
+        device::confine(&cgroup.path(), &rules),
+    );
+    if let Err(error) = confined.and_then(|()| write_files(&home, &files)) {
         let _ = container::remove(&cgroup, &directories);
         return Err(error);
     }

@@ -281,3 +281,65 @@ pub fn close_from(first: u32) -> io::Result<()> {
     // SAFETY: the caller owns no descriptor that it will use or close again.
     checked(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
 }
+
+/// Loads a BPF program of type CGROUP_DEVICE, its instructions as in struct bpf_insn, and attaches it
+/// to a cgroup, beside those of the groups above: all of them must allow an access. It goes with the
+/// group.
+pub fn attach_device_program(group: BorrowedFd<'_>, program: &[u64]) -> io::Result<()> {
+    const LOAD: libc::c_int = 5;
+    const ATTACH: libc::c_int = 8;
+    const CGROUP_DEVICE_PROGRAM: u32 = 15;
+    const CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+    // The first members of union bpf_attr for each command; the kernel takes the rest as zero.
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        length: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+    }
+    #[repr(C)]
+    struct Attach {
+        target: libc::c_int,
+        program: libc::c_int,
+        kind: u32,
+        flags: u32,
+    }
+    let license = c"Apache-2.0";
+    let load = Load {
+        kind: CGROUP_DEVICE_PROGRAM,
+        length: u32::try_from(program.len())
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?,
+        instructions: program.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+    };
+    // SAFETY: program and license outlive the call, which copies them; the size is the struct's. The
+    // descriptor is new and ours.
+    let program = unsafe {
+        let program = libc::syscall(libc::SYS_bpf, LOAD, &raw const load, size_of::<Load>());
+        OwnedFd::from_raw_fd(checked(program)? as libc::c_int)
+    };
+    let attach = Attach {
+        target: group.as_raw_fd(),
+        program: program.as_raw_fd(),
+        kind: CGROUP_DEVICE,
+        flags: ALLOW_MULTI,
+    };
+    // SAFETY: both descriptors live until the call returns; the size is the struct's.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            ATTACH,
+            &raw const attach,
+            size_of::<Attach>(),
+        )
+    })
+    .map(drop)
+}

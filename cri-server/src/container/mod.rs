@@ -1,6 +1,7 @@
 //! One container of a pod: CRI configuration to OCI spec, output to log, exec.
 
 pub mod capability;
+pub mod device;
 pub mod exec;
 pub mod file;
 pub mod log;

@@ -19,13 +19,15 @@ pub struct HostFile {
 /// The file systems every container has, before the mounts it asks for.
 pub fn defaults(privileged: bool) -> Vec<Mount> {
     let access = if privileged { "rw" } else { "ro" };
+    // The guest fills a /dev in which devices can be opened with all it has but the pod's disks.
+    let devices = if privileged { "dev" } else { "nodev" };
     vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount(
             "/dev",
             "tmpfs",
             "tmpfs",
-            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+            &["nosuid", devices, "strictatime", "mode=755", "size=65536k"],
         ),
         mount(
             "/dev/pts",

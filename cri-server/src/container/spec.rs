@@ -14,7 +14,7 @@ use oci_spec::runtime::{
 
 use super::mount::HostFile;
 use super::seccomp::{self, Asked};
-use super::{capability, mount, resource};
+use super::{capability, device, mount, resource};
 
 /// Where programs are looked for when nobody says (OCI image specification, and every runtime).
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -47,6 +47,10 @@ pub struct Plan {
     pub files: Vec<HostFile>,
     /// A file of the host whose text is yet to be given to [`Plan::confine`].
     pub profile: Option<PathBuf>,
+    /// Whether the groups of the image that list the user are left out.
+    pub strict_groups: bool,
+    /// The container of the pod whose PID namespace is joined.
+    pub pid_target: Option<String>,
 }
 
 impl Plan {
@@ -87,6 +91,14 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
     let security = linux.security_context.unwrap_or_default();
     if let Some(namespaces) = &security.namespace_options {
         check_namespaces(namespaces)?;
+        if namespaces.pid() == cri::NamespaceMode::Target {
+            let reason = "TARGET is for a container; a pod is there before any";
+            return Err(invalid("namespace_options.pid", reason));
+        }
+    }
+    check_labels(security.selinux_options.as_ref())?;
+    if pod.windows.is_some() {
+        return Err(unsupported("windows", "pods are Linux"));
     }
     if let Some(port) = pod.port_mappings.iter().find(|port| port.host_port > 0) {
         let reason = format!(
@@ -111,6 +123,16 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
 }
 
 fn check_namespaces(options: &cri::NamespaceOption) -> Result<(), SpecError> {
+    let modes = [
+        ("namespace_options.network", options.network),
+        ("namespace_options.pid", options.pid),
+        ("namespace_options.ipc", options.ipc),
+    ];
+    for (field, mode) in modes {
+        if cri::NamespaceMode::try_from(mode).is_err() {
+            return Err(invalid(field, format!("{mode} is no mode the CRI knows")));
+        }
+    }
     let host = "a pod in a VM has no part in the host's namespaces";
     if options.network() == cri::NamespaceMode::Node {
         return Err(unsupported(
@@ -128,7 +150,8 @@ fn check_namespaces(options: &cri::NamespaceOption) -> Result<(), SpecError> {
     if user.is_some_and(|user| user.mode() == cri::NamespaceMode::Pod) {
         return Err(unsupported(
             "namespace_options.userns_options",
-            "the guest's root is not the host's; leave it at NODE",
+            "the pod's network, IPC and host name are the guest's own and obey its first user \
+             namespace only; the guest's root is not the host's, so leave the mode at NODE",
         ));
     }
     Ok(())
@@ -142,13 +165,18 @@ pub fn plan(
 ) -> Result<Plan, SpecError> {
     let linux = container.linux.clone().unwrap_or_default();
     let security = linux.security_context.clone().unwrap_or_default();
-    check_container(container, &security)?;
+    check_container(container, pod, &security)?;
     let limits = linux.resources.unwrap_or_default();
+
+    let (nodes, rules) = device::devices(&container.devices, security.privileged)?;
+    let mut resources = resource::limits(&limits)?;
+    resources.set_devices(Some(rules));
 
     let mut runtime = Linux::default();
     runtime
+        .set_devices(Some(nodes))
         .set_namespaces(Some(namespaces(&security)))
-        .set_resources(Some(resource::limits(&limits)?))
+        .set_resources(Some(resources))
         .set_masked_paths(Some(Vec::new()))
         .set_readonly_paths(Some(Vec::new()));
     if !security.privileged {
@@ -187,6 +215,9 @@ pub fn plan(
         spec,
         files: mount::host_files(&container.mounts)?,
         profile,
+        strict_groups: security.supplemental_groups_policy()
+            == cri::SupplementalGroupsPolicy::Strict,
+        pid_target: pid_target(&security)?,
     })
 }
 
@@ -214,32 +245,32 @@ pub fn exec_process(
 
 fn check_container(
     container: &cri::ContainerConfig,
+    pod: &cri::PodSandboxConfig,
     security: &cri::LinuxContainerSecurityContext,
 ) -> Result<(), SpecError> {
     if let Some(options) = &security.namespace_options {
         check_namespaces(options)?;
-        if options.pid() == cri::NamespaceMode::Target {
-            return Err(unsupported(
-                "namespace_options.pid TARGET",
-                "a container cannot join another one's PID namespace yet",
-            ));
-        }
     }
-    if let Some(device) = container.devices.first() {
-        let reason = format!(
-            "the host's {} does not exist in the guest",
-            device.host_path
-        );
-        return Err(unsupported("devices", reason));
+    if container.windows.is_some() {
+        return Err(unsupported("windows", "containers are Linux"));
+    }
+    let pod = pod.linux.clone().unwrap_or_default();
+    if security.privileged && !pod.security_context.unwrap_or_default().privileged {
+        return Err(invalid(
+            "security_context.privileged",
+            "the pod was not made for privileged containers",
+        ));
     }
     if let Some(device) = container.cdi_devices.first() {
         let reason = format!("the host's {} does not exist in the guest", device.name);
         return Err(unsupported("cdi_devices", reason));
     }
-    if security.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict {
-        return Err(unsupported(
+    let policy = security.supplemental_groups_policy;
+    if cri::SupplementalGroupsPolicy::try_from(policy).is_err() {
+        let reason = format!("{policy} is no policy the CRI knows");
+        return Err(invalid(
             "security_context.supplemental_groups_policy",
-            "the groups of the image's /etc/group are always merged in; leave it at Merge",
+            reason,
         ));
     }
     let profile = security.apparmor.as_ref().filter(is_localhost);
@@ -247,7 +278,22 @@ fn check_container(
         let reason = format!("the guest has no profile {}", profile.localhost_ref);
         return Err(unsupported("security_context.apparmor", reason));
     }
-    let labels = security.selinux_options.as_ref();
+    // Deprecated, and still filled in by old kubelets; "unconfined" and "runtime/default" ask for
+    // nothing that is not there.
+    #[allow(deprecated)]
+    let paths = [
+        ("seccomp_profile_path", &security.seccomp_profile_path),
+        ("apparmor_profile", &security.apparmor_profile),
+    ];
+    for (field, path) in paths {
+        if !["", "unconfined", "runtime/default"].contains(&path.as_str()) {
+            return Err(unsupported(field, format!("the guest has no {path}")));
+        }
+    }
+    check_labels(security.selinux_options.as_ref())
+}
+
+fn check_labels(labels: Option<&cri::SeLinuxOption>) -> Result<(), SpecError> {
     if labels.is_some_and(|labels| *labels != cri::SeLinuxOption::default()) {
         return Err(unsupported(
             "security_context.selinux_options",
@@ -261,12 +307,24 @@ fn is_localhost(profile: &&cri::SecurityProfile) -> bool {
     profile.profile_type() == cri::security_profile::ProfileType::Localhost
 }
 
+/// The container whose PID namespace is joined (CRI `NamespaceOption.target_id`).
+fn pid_target(security: &cri::LinuxContainerSecurityContext) -> Result<Option<String>, SpecError> {
+    let options = security.namespace_options.clone().unwrap_or_default();
+    match options.pid() {
+        cri::NamespaceMode::Target if options.target_id.is_empty() => {
+            Err(invalid("namespace_options.target_id", "TARGET needs one"))
+        }
+        cri::NamespaceMode::Target => Ok(Some(options.target_id)),
+        _ => Ok(None),
+    }
+}
+
 /// The namespaces made for a container; network, UTS and IPC are the guest's, which are the pod's.
-/// PID is the pod's too where the pod asked for that: the guest was told when it was prepared.
+/// Without an entry for PID the guest puts it into the pod's, or into that of `pid_target`.
 fn namespaces(security: &cri::LinuxContainerSecurityContext) -> Vec<LinuxNamespace> {
     let options = security.namespace_options.clone().unwrap_or_default();
     let mut types = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
-    if options.pid() != cri::NamespaceMode::Pod {
+    if options.pid() == cri::NamespaceMode::Container {
         types.push(LinuxNamespaceType::Pid);
     }
     types

@@ -57,6 +57,9 @@ impl Owner {
             let text = blocking(move || Ok(seccomp::read(&read)?)).await?;
             plan.confine(&path, &text)?;
         }
+        if let Some(target) = &plan.pid_target {
+            self.check_target(target)?;
+        }
         let log_path = log_path(&self.record.config.log_directory, &config.log_path)?;
         let files = self.files(&plan).await?;
         let stop_signal = signal::stop(config.stop_signal(), image.stop_signal.as_deref());
@@ -72,6 +75,8 @@ impl Owner {
             image_serial,
             stdin: config.stdin,
             files,
+            strict_groups: plan.strict_groups,
+            pid_target: plan.pid_target.unwrap_or_default(),
         };
         let container = Container {
             id: id.clone(),
@@ -114,6 +119,22 @@ impl Owner {
                 Err(error.into())
             }
         }
+    }
+
+    /// Only a running container of the same pod has a PID namespace to join.
+    fn check_target(&self, target: &str) -> Result<(), SandboxError> {
+        let reason = match self.record.containers.get(target) {
+            None => format!("the pod has no container {target}"),
+            Some(container) if !matches!(container.state, ContainerState::Running { .. }) => {
+                format!("the container {target} does not run")
+            }
+            Some(_) => return Ok(()),
+        };
+        Err(SpecError::Invalid {
+            field: "namespace_options.target_id",
+            reason,
+        }
+        .into())
     }
 
     async fn files(&self, plan: &Plan) -> Result<Vec<v1::File>, SandboxError> {

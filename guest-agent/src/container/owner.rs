@@ -78,6 +78,7 @@ enum Command {
     Update(Box<spec::Resources>, Option<i32>, Reply<()>),
     Resize(Option<String>, Size, Reply<()>),
     State(Reply<(State, i32)>),
+    Init(Reply<Arc<OwnedFd>>),
     Remove(Reply<()>),
 }
 
@@ -235,6 +236,11 @@ impl Container {
         self.ask(Command::State).await
     }
 
+    /// Its init, which runs: a descriptor to join its namespaces by.
+    pub async fn init(&self) -> Result<Arc<OwnedFd>, ContainerError> {
+        self.ask(Command::Init).await
+    }
+
     /// Ends a container that does not run and removes what is its own. Can be repeated after a
     /// failure.
     pub async fn remove(&self) -> Result<(), ContainerError> {
@@ -303,6 +309,10 @@ impl Owner {
                 Command::Resize(exec, size, reply) => {
                     drop(reply.send(self.resize(exec.as_deref(), size)));
                 }
+                Command::Init(reply) => drop(reply.send(match self.state() {
+                    State::Running => Ok(self.init.descriptor()),
+                    _ => Err(self.not("must run for its PID namespace to be joined")),
+                })),
                 Command::State(reply) => drop(reply.send(Ok((self.state(), self.init.pid)))),
                 Command::Remove(reply) => {
                     let removed = self.remove().await;
@@ -571,7 +581,7 @@ async fn execute(
     let since = surroundings.reaper.now();
     let (launched, cgroup) = off(move || -> Result<(Launched, Cgroup), ContainerError> {
         let mut process = beside.process;
-        user::resolve(&mut process.user, &beside.image)?;
+        user::resolve(&mut process.user, &beside.image, true)?;
         let cgroup = beside.cgroup.exec(&beside.id)?;
         let launched = plan::exec(&process, &cgroup.path(), beside.filter)
             .map_err(ContainerError::from)

@@ -1,8 +1,10 @@
 //! What the stage is to do, worked out of the specification before anything is done.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::container::capability;
+use crate::container::device::{self, Node};
 use crate::container::option::{self, MountOptions};
 use crate::container::seccomp::{self, Filter};
 use crate::container::spec::{Mount, Process, Resources, Spec};
@@ -53,10 +55,10 @@ pub struct Plan {
 /// Where a process is to live.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
-    /// In namespaces and a file tree of its own. With `shared_pids` the PID namespace is that of
-    /// a descriptor sent along.
+    /// In namespaces and a file tree of its own. With `shared_pids` the PID namespace is the one a
+    /// descriptor sent along names, or that of the process it names.
     New {
-        /// Whether to join the pod's PID namespace.
+        /// Whether to join a PID namespace that is there.
         shared_pids: bool,
         /// The file tree.
         tree: Box<Tree>,
@@ -80,6 +82,8 @@ pub struct Tree {
     pub masked: Vec<String>,
     /// Paths that cannot be written.
     pub frozen: Vec<String>,
+    /// Device nodes besides the default ones.
+    pub devices: Vec<Node>,
 }
 
 /// One mount.
@@ -110,7 +114,8 @@ pub enum Source {
         /// With the mounts below it.
         recursive: bool,
     },
-    /// A small /dev with the devices every container has.
+    /// A small /dev with the devices every container has; with all of the guest's but its disks
+    /// when the mount's options let devices be opened.
     Devices,
 }
 
@@ -154,7 +159,7 @@ pub struct Places {
     pub scratch: String,
     /// Files made for this container: (path in the container, path in the guest, read-only).
     pub files: Vec<(String, String, bool)>,
-    /// Whether the pod shares one PID namespace.
+    /// Whether to join a PID namespace that is there.
     pub shared_pids: bool,
 }
 
@@ -165,9 +170,75 @@ fn invalid(field: impl Into<String>, what: impl Into<String>) -> PlanError {
     }
 }
 
+/// Fields that are refused as soon as they hold anything, and why.
+const REFUSED: [(&str, &str); 17] = [
+    (
+        "process.apparmorProfile",
+        "the guest has no AppArmor; its kernel is the confinement",
+    ),
+    (
+        "process.selinuxLabel",
+        "the guest has no SELinux; its kernel is the confinement",
+    ),
+    ("process.commandLine", "it is for Windows"),
+    ("process.scheduler", "scheduling policies are not set"),
+    ("process.ioPriority", "I/O priorities are not set"),
+    ("process.execCPUAffinity", "affinities are not set"),
+    ("domainname", "the pod's name is set by Prepare"),
+    (
+        "linux.rootfsPropagation",
+        "a container's mounts stay its own",
+    ),
+    ("linux.mountLabel", "the guest has no SELinux"),
+    (
+        "linux.cgroupsPath",
+        "a container's group is below the pod's, by its id",
+    ),
+    ("linux.timeOffsets", "time namespaces are not made"),
+    ("linux.intelRdt", "the guest has no cache to divide"),
+    (
+        "linux.personality",
+        "programs choose their execution domain themselves",
+    ),
+    (
+        "linux.netDevices",
+        "the pod's devices are set up by Prepare",
+    ),
+    ("linux.memoryPolicy", "the guest has one memory node"),
+    (
+        "linux.resources.network",
+        "cgroup v2 has no such controller",
+    ),
+    ("linux.resources.rdma", "the guest has no such devices"),
+];
+
 /// Reads a specification.
 pub fn read_spec(json: &[u8]) -> Result<Spec, PlanError> {
-    serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
+    let malformed = |error: serde_json::Error| PlanError::Malformed(error.to_string());
+    let value: Value = serde_json::from_slice(json).map_err(malformed)?;
+    for (field, why) in REFUSED {
+        let pointer = format!("/{}", field.replace('.', "/"));
+        if value.pointer(&pointer).is_some_and(says_something) {
+            return Err(PlanError::Refused { field, why });
+        }
+    }
+    serde_json::from_value(value).map_err(malformed)
+}
+
+fn says_something(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Bool(true) | Value::Number(_) => true,
+    }
+}
+
+/// Whether a container has a PID namespace of its own, config-linux.md "Namespaces".
+pub fn own_pids(spec: &Spec) -> bool {
+    let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
+    namespaces.any(|namespace| namespace.kind == "pid")
 }
 
 /// Reads a specification's `process`.
@@ -200,6 +271,8 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
     for path in masked.iter().chain(&frozen) {
         absolute("linux.maskedPaths and readonlyPaths", path)?;
     }
+    let devices = linux.map(|linux| device::nodes(&linux.devices));
+    let devices = devices.transpose()?.unwrap_or_default();
     let mut mounts = spec
         .mounts
         .iter()
@@ -227,6 +300,7 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
                 mounts,
                 masked,
                 frozen,
+                devices,
             }),
         },
         program: program(process)?,
@@ -274,9 +348,6 @@ fn refuse(spec: &Spec) -> Result<(), PlanError> {
     if !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty() {
         return refused("linux.uidMappings", "user namespaces are not made");
     }
-    if !linux.devices.is_empty() {
-        return refused("linux.devices", "only the default devices are made");
-    }
     if !linux.sysctl.is_empty() {
         return refused("linux.sysctl", "sysctls belong to the pod, see Prepare");
     }
@@ -295,6 +366,12 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
     let field = format!("mounts {}", mount.destination);
     absolute("mounts.destination", &mount.destination)?;
     let options = option::parse(&mount.options).map_err(|what| invalid(&field, what))?;
+    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+        return Err(PlanError::Refused {
+            field: "mounts.uidMappings",
+            why: "user namespaces are not made",
+        });
+    }
     let target = mount.destination.trim_end_matches('/').to_owned();
     if target.is_empty() {
         return Err(invalid(field, "the root itself cannot be mounted over"));
@@ -406,7 +483,7 @@ fn program(process: &Process) -> Result<Program, PlanError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn places() -> Places {
         Places {
@@ -468,7 +545,6 @@ mod tests {
                 "/linux/seccomp",
                 json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
             ),
-            ("/linux/devices", json!([{"path": "/dev/x", "type": "c"}])),
             ("/linux/sysctl", json!({"kernel.msgmax": "1"})),
             ("/linux/uidMappings", json!([{"size": 1}])),
         ] {
@@ -478,6 +554,23 @@ mod tests {
             let refused = planned(&spec).unwrap_err().to_string();
             let name = path.trim_start_matches('/').replace('/', ".");
             assert!(refused.starts_with(&name), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_field_that_is_not_carried_out_may_stay_empty() {
+        for (field, why) in REFUSED {
+            let with = |value: Value| {
+                let mut spec = usual();
+                let path = format!("/{}", field.replace('.', "/"));
+                let (parent, name) = path.rsplit_once('/').unwrap();
+                spec.pointer_mut(parent).unwrap()[name] = value;
+                planned(&spec)
+            };
+            let empty = json!(null);
+            assert!(with(empty).is_ok(), "{field}");
+            let refused = with(json!("something")).unwrap_err();
+            assert_eq!(refused, PlanError::Refused { field, why });
         }
     }
 

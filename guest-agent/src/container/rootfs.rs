@@ -4,12 +4,13 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::UnmountFlags;
 
+use crate::container::device;
 use crate::container::plan::{Mounting, Source, Tree};
 use crate::mount::{self, Attributes, Missing, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY, Root};
 
@@ -32,8 +33,8 @@ fn cannot<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Tree
 /// Where the tree is put together in the new mount namespace.
 const PLACE: &str = "/run/bulkhead/root";
 
-/// Devices of every container, config-linux.md "Default Devices".
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+/// Where the container's device nodes are made in the new mount namespace.
+const NODES: &str = "/run/bulkhead/nodes";
 
 /// (name, target) of the links every /dev has.
 const LINKS: [(&str, &str); 5] = [
@@ -47,6 +48,7 @@ const LINKS: [(&str, &str); 5] = [
 /// Makes the tree and makes it this process's root.
 pub fn enter(tree: &Tree, directory: &str) -> Result<(), TreeError> {
     mount::make_private().map_err(cannot("leave the guest's mounts"))?;
+    device::make_nodes(NODES, &tree.devices).map_err(cannot("make device nodes"))?;
     let overlay = overlay(tree)?;
     // The devices' nodes must be reachable until they are bound, so the old root stays until the
     // tree is done.
@@ -59,6 +61,11 @@ pub fn enter(tree: &Tree, directory: &str) -> Result<(), TreeError> {
     let root = Root::new(root);
     for mounting in &tree.mounts {
         place_mount(&root, mounting).map_err(cannot(format!("mount {}", mounting.target)))?;
+    }
+    for (at, node) in tree.devices.iter().enumerate() {
+        root.find_or_make(&node.path, Missing::File)
+            .and_then(|place| bind_node(&at.to_string(), place.as_fd()))
+            .map_err(cannot(format!("make the device {}", node.path)))?;
     }
     for path in &tree.frozen {
         freeze(&root, path).map_err(cannot(format!("make {path} read-only")))?;
@@ -109,7 +116,12 @@ fn place_mount(root: &Root, mounting: &Mounting) -> io::Result<()> {
     match &mounting.source {
         Source::Devices => devices(root, mounting),
         Source::FileSystem { kind, source } => {
-            let target = root.find_or_make(&mounting.target, Missing::Directory)?;
+            // A kernel's file system elsewhere than where it is looked for would leave its masks and
+            // read-only paths behind. Files in memory may be where the image says.
+            let target = match kind.as_str() {
+                "tmpfs" => root.find_or_make(&mounting.target, Missing::Directory)?,
+                _ => root.find_or_make_plain(&mounting.target)?,
+            };
             let made = mount::file_system(kind, Some(source), &options.data, 0)?;
             mount::change(made.as_fd(), options.attributes, false)?;
             mount::attach(made.as_fd(), target.as_fd())
@@ -131,25 +143,20 @@ fn place_mount(root: &Root, mounting: &Mounting) -> io::Result<()> {
 
 /// A /dev on which nobody can open nodes but the few that are bound into it.
 fn devices(root: &Root, mounting: &Mounting) -> io::Result<()> {
-    let target = root.find_or_make(&mounting.target, Missing::Directory)?;
+    let target = root.find_or_make_plain(&mounting.target)?;
     let made = mount::file_system("tmpfs", Some("tmpfs"), &mounting.options.data, 0)?;
     let mut attributes = mounting.options.attributes;
-    attributes.set |= NO_DEV | NO_SUID;
+    let all = attributes.set & NO_DEV == 0;
+    attributes.set |= NO_SUID;
     // A read-only /dev is made so after it is filled.
     let read_only = attributes.set & READ_ONLY;
     attributes.set &= !READ_ONLY;
     mount::change(made.as_fd(), attributes, false)?;
     mount::attach(made.as_fd(), target.as_fd())?;
     let inside = Root::new(root.find(&mounting.target)?);
-    for name in DEVICES {
-        let node = inside.find_or_make(name, Missing::File)?;
-        let copy = mount::bind(&format!("/dev/{name}"), false)?;
-        let quiet = Attributes {
-            set: NO_EXEC | NO_SUID,
-            clear: 0,
-        };
-        mount::change(copy.as_fd(), quiet, false)?;
-        mount::attach(copy.as_fd(), node.as_fd())?;
+    for (name, ..) in device::DEFAULT {
+        let place = inside.find_or_make(name, Missing::File)?;
+        bind_node(name, place.as_fd())?;
     }
     for (name, target) in LINKS {
         rustix::fs::symlinkat(target, inside.directory(), name)?;
@@ -157,11 +164,25 @@ fn devices(root: &Root, mounting: &Mounting) -> io::Result<()> {
     for name in ["pts", "shm", "mqueue"] {
         inside.find_or_make(name, Missing::Directory)?;
     }
+    if all {
+        device::copy_all(inside.directory())?;
+    }
     let frozen = Attributes {
         set: read_only,
         clear: 0,
     };
     mount::change(inside.directory(), frozen, false)
+}
+
+/// Puts a node of [`NODES`] into place.
+fn bind_node(name: &str, place: BorrowedFd<'_>) -> io::Result<()> {
+    let copy = mount::bind(&format!("{NODES}/{name}"), false)?;
+    let quiet = Attributes {
+        set: NO_EXEC | NO_SUID,
+        clear: 0,
+    };
+    mount::change(copy.as_fd(), quiet, false)?;
+    mount::attach(copy.as_fd(), place)
 }
 
 /// config-linux.md "Readonly Paths". What is not there needs no protection.
@@ -199,7 +220,15 @@ fn mask(root: &Root, path: &str) -> io::Result<()> {
             NO_DEV | NO_SUID | NO_EXEC | READ_ONLY,
         )?
     } else {
-        mount::bind("/dev/null", false)?
+        // The container's own: nothing it does to it reaches another. The read-only mount keeps its
+        // mode, and a device can be written to all the same.
+        let null = mount::bind(&format!("{NODES}/null"), false)?;
+        let quiet = Attributes {
+            set: NO_EXEC | NO_SUID | READ_ONLY,
+            clear: 0,
+        };
+        mount::change(null.as_fd(), quiet, false)?;
+        null
     };
     mount::attach(cover.as_fd(), target.as_fd())
 }

@@ -1,5 +1,5 @@
 //! The parts of an OCI runtime specification (1.2, config.md and config-linux.md) that the agent
-//! acts on, and by name those it refuses. Fields unknown here are ignored, as the
+//! acts on; `plan` names those it refuses, `FIELDS.md` all. Unknown fields are ignored, as the
 //! specification's "Extensibility" asks.
 
 use std::collections::BTreeMap;
@@ -43,6 +43,10 @@ pub struct Mount {
     pub source: Option<String>,
     /// mount(8)-like.
     pub options: Vec<String>,
+    /// Refused when it holds anything.
+    pub uid_mappings: Vec<serde_json::Value>,
+    /// Refused when it holds anything.
+    pub gid_mappings: Vec<serde_json::Value>,
 }
 
 /// A process.
@@ -130,12 +134,12 @@ pub struct Rlimit {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Linux {
-    /// Only checked, see `ARCHITECTURE.md`.
+    /// Of these only `pid` decides something, see `ARCHITECTURE.md`.
     pub namespaces: Vec<Namespace>,
     /// Limits.
     pub resources: Option<Resources>,
-    /// Refused when it holds anything.
-    pub devices: Vec<serde_json::Value>,
+    /// Nodes.
+    pub devices: Vec<Device>,
     /// Refused when it holds anything: a pod's sysctls come with Prepare.
     pub sysctl: BTreeMap<String, String>,
     /// Refused when it holds anything.
@@ -209,10 +213,50 @@ pub struct SeccompArgument {
     pub op: String,
 }
 
+/// A device node.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Device {
+    /// `c`, `u`, `b` or `p`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Absolute path in the container.
+    pub path: String,
+    /// Needed but for `p`.
+    pub major: Option<i64>,
+    /// Needed but for `p`.
+    pub minor: Option<i64>,
+    /// Permission bits; 0666.
+    pub file_mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+}
+
+/// Whether devices may be opened or made nodes of.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct DeviceRule {
+    /// Else it denies.
+    pub allow: bool,
+    /// `a` (both), `c` or `b`.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    /// Absent or -1: each.
+    pub major: Option<i64>,
+    /// Absent or -1: each.
+    pub minor: Option<i64>,
+    /// Of the letters `r`, `w`, `m`.
+    pub access: Option<String>,
+}
+
 /// Limits of the container's cgroup.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
+    /// What may be done with devices.
+    pub devices: Vec<DeviceRule>,
     /// Processor time.
     pub cpu: Option<Cpu>,
     /// Memory.

@@ -23,7 +23,7 @@ use crate::container::message::{self, Message};
 use crate::container::plan::{Place, Plan, Program};
 use crate::container::seccomp::{self, Filter};
 use crate::container::terminal::Terminal;
-use crate::container::{capability, rootfs};
+use crate::container::{capability, rootfs, user};
 use crate::sys;
 
 /// Why a process does not come to be, as a sentence.
@@ -100,7 +100,7 @@ fn run(socket: BorrowedFd<'_>) -> Result<(), StageError> {
         }
         (Place::New { .. }, Some(namespace)) => {
             step(
-                "join the pod's PID namespace",
+                "join the PID namespace",
                 sys::enter(namespace, libc::CLONE_NEWPID),
             )?;
         }
@@ -180,7 +180,8 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
     for (resource, soft, hard) in &program.limits {
         limit(*resource, *soft, *hard)?;
     }
-    let home = home_of(program.uid);
+    // For a process that is told none.
+    let home = user::home("/", program.uid).unwrap_or_else(|| "/".into());
     take_user(program)?;
     let master: Vec<_> = terminal.iter().map(|both| both.master.as_fd()).collect();
     step(
@@ -302,23 +303,6 @@ fn take_user(program: &Program) -> Result<(), StageError> {
     )?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(program.umask));
     Ok(())
-}
-
-/// The user's home in the container's /etc/passwd, for a process that is told none.
-fn home_of(uid: u32) -> String {
-    const MOST: u64 = 1 << 20;
-    let mut passwd = String::new();
-    let read =
-        fs::File::open("/etc/passwd").and_then(|file| file.take(MOST).read_to_string(&mut passwd));
-    let _ = read;
-    let uid = uid.to_string();
-    passwd
-        .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .find(|fields| fields.get(2) == Some(&uid.as_str()))
-        .and_then(|fields| fields.get(5).map(ToString::to_string))
-        .filter(|home| home.starts_with('/'))
-        .unwrap_or_else(|| "/".into())
 }
 
 /// Comes back only with the reason of a failure.

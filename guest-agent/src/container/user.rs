@@ -8,53 +8,88 @@ use crate::container::plan::PlanError;
 use crate::container::spec::User;
 use crate::mount::Root;
 
-/// Most bytes read of either file.
+/// Most bytes of either file. That of a distribution with a thousand users has a tenth of it.
 const MOST: u64 = 1 << 20;
+/// Most supplementary groups of a process, the kernel's NGROUPS_MAX.
+const MOST_GROUPS: usize = 65_536;
 
-/// Fills in the numbers of a user that is named `user[:group]`, each a name or a number, and adds
-/// the groups which list it. `image` is the image's directory in the guest.
-pub fn resolve(user: &mut User, image: &str) -> Result<(), PlanError> {
-    let Some(name) = user.username.take().filter(|name| !name.is_empty()) else {
-        return Ok(());
-    };
-    let found = identify(
-        &name,
-        &read(image, "/etc/passwd"),
-        &read(image, "/etc/group"),
-    );
-    let (uid, gid, groups) = found.map_err(|what| PlanError::Invalid {
+/// Fills in the numbers of a user that is named `user[:group]`, each a name or a number. `image`
+/// is the image's directory in the guest.
+///
+/// `merge` adds the groups whose lines list the user (the CRI's policy Merge); without it only
+/// those asked for are there (Strict). The group itself is always one of them: else a process
+/// could rid itself of it by a setgid program, and of what a file's mode denies that group.
+pub fn resolve(user: &mut User, image: &str, merge: bool) -> Result<(), PlanError> {
+    let invalid = |what| PlanError::Invalid {
         field: "process.user".into(),
         what,
-    })?;
-    (user.uid, user.gid) = (uid, gid);
-    for group in groups {
-        if !user.additional_gids.contains(&group) {
-            user.additional_gids.push(group);
-        }
+    };
+    let mut groups = Vec::new();
+    if let Some(name) = user.username.take().filter(|name| !name.is_empty()) {
+        let passwd = read(image, "/etc/passwd").map_err(invalid)?;
+        let group = read(image, "/etc/group").map_err(invalid)?;
+        (user.uid, user.gid, groups) = identify(&name, &passwd, &group).map_err(invalid)?;
+    }
+    if !merge {
+        groups.clear();
+    }
+    let asked = std::mem::take(&mut user.additional_gids);
+    let mut known = std::collections::HashSet::new();
+    user.additional_gids = std::iter::once(user.gid)
+        .chain(asked)
+        .chain(groups)
+        .filter(|group| known.insert(*group))
+        .collect();
+    if user.additional_gids.len() > MOST_GROUPS {
+        return Err(invalid(format!("more than {MOST_GROUPS} groups")));
     }
     Ok(())
 }
 
-/// A file of an image: hostile, so only a regular one, and not all of a long one. One that is
-/// not there lists nobody.
-fn read(image: &str, path: &str) -> String {
-    let mut text = Vec::new();
-    let read = rustix::fs::open(image, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+/// The home directory of a user, as the files below `root` have it. Files that cannot be read
+/// name none.
+pub fn home(root: &str, uid: u32) -> Option<String> {
+    let passwd = read(root, "/etc/passwd").ok()?;
+    lines(&passwd)
+        .find(|fields| field(fields, 2) == Some(uid))
+        .and_then(|fields| fields.get(5).map(ToString::to_string))
+        .filter(|home| home.starts_with('/'))
+}
+
+/// A file of an image or a container: hostile, so only a regular one of a bounded size. One that
+/// is not there lists nobody.
+fn read(root: &str, path: &str) -> Result<String, String> {
+    let cannot = |error: std::io::Error| format!("cannot read the image's {path}: {error}");
+    let opened = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(std::io::Error::from)
-        .and_then(|image| Root::new(image).open(path, OFlags::RDONLY | OFlags::NONBLOCK))
-        .and_then(|file| {
-            let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
-            match kind {
-                FileType::RegularFile => {
-                    std::fs::File::from(file).take(MOST).read_to_end(&mut text)
-                }
-                _ => Ok(0),
-            }
-        });
-    match read {
-        Ok(_) => String::from_utf8_lossy(&text).into_owned(),
-        Err(_) => String::new(),
+        .and_then(|root| Root::new(root).open(path, OFlags::RDONLY | OFlags::NONBLOCK));
+    let file = match opened {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        opened => opened.map_err(cannot)?,
+    };
+    let status = rustix::fs::fstat(&file).map_err(|error| cannot(error.into()))?;
+    let kind = FileType::from_raw_mode(status.st_mode);
+    if kind != FileType::RegularFile {
+        let kind = match kind {
+            FileType::Directory => "a directory",
+            FileType::Fifo => "a FIFO",
+            FileType::CharacterDevice | FileType::BlockDevice => "a device",
+            _ => "no regular file",
+        };
+        return Err(format!("the image's {path} is {kind}, not a file of users"));
     }
+    let mut text = Vec::new();
+    std::fs::File::from(file)
+        .take(MOST + 1)
+        .read_to_end(&mut text)
+        .map_err(cannot)?;
+    if text.len() as u64 > MOST {
+        return Err(format!(
+            "the image's {path} has {} bytes; at most {MOST} are read",
+            status.st_size
+        ));
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// User id, group id and the groups that list the user.
@@ -139,15 +174,77 @@ mod tests {
     }
 
     #[test]
-    fn an_image_cannot_make_the_agent_wait_or_read_its_own_files() {
+    fn groups_are_merged_or_strictly_those_asked_for() {
         let image = tempfile::tempdir().unwrap();
         let etc = image.path().join("etc");
         std::fs::create_dir(&etc).unwrap();
-        let fifo = etc.join("passwd");
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
-        std::os::unix::fs::symlink("/../../../../etc/passwd", etc.join("group")).unwrap();
-        let image = image.path().to_str().unwrap();
-        assert_eq!(read(image, "/etc/passwd"), "");
-        assert_eq!(read(image, "/etc/group"), "");
+        std::fs::write(etc.join("passwd"), PASSWD).unwrap();
+        std::fs::write(etc.join("group"), GROUP).unwrap();
+        let groups = |merge| {
+            let mut user = User {
+                username: Some("www".into()),
+                additional_gids: vec![7, 34],
+                ..User::default()
+            };
+            resolve(&mut user, image.path().to_str().unwrap(), merge).unwrap();
+            assert_eq!((user.uid, user.gid), (33, 34));
+            user.additional_gids
+        };
+        assert_eq!(groups(true), [34, 7, 40]);
+        assert_eq!(groups(false), [34, 7]);
+    }
+
+    /// An image whose /etc/passwd is made by `make`.
+    fn image(make: impl FnOnce(&std::path::Path)) -> tempfile::TempDir {
+        let image = tempfile::tempdir().unwrap();
+        std::fs::create_dir(image.path().join("etc")).unwrap();
+        make(&image.path().join("etc/passwd"));
+        image
+    }
+
+    fn refusal(image: &tempfile::TempDir) -> String {
+        read(image.path().to_str().unwrap(), "/etc/passwd").unwrap_err()
+    }
+
+    #[test]
+    fn an_image_cannot_make_the_agent_wait() {
+        let fifo = image(|passwd| {
+            let kind = FileType::Fifo;
+            rustix::fs::mknodat(rustix::fs::CWD, passwd, kind, Mode::RWXU, 0).unwrap();
+        });
+        assert!(refusal(&fifo).contains("/etc/passwd is a FIFO"));
+        let directory = image(|passwd| std::fs::create_dir(passwd).unwrap());
+        assert!(refusal(&directory).contains("/etc/passwd is a directory"));
+        let circle = image(|passwd| std::os::unix::fs::symlink("passwd", passwd).unwrap());
+        assert!(refusal(&circle).contains("/etc/passwd"));
+    }
+
+    #[test]
+    fn an_image_cannot_fill_the_agents_memory() {
+        let large = image(|passwd| {
+            let file = std::fs::File::create(passwd).unwrap();
+            file.set_len(1 << 30).unwrap();
+        });
+        let refusal = refusal(&large);
+        assert!(refusal.contains("1073741824 bytes"), "{refusal}");
+    }
+
+    #[test]
+    fn an_image_cannot_show_the_guests_files() {
+        let image = image(|passwd| {
+            std::os::unix::fs::symlink("/../../../../etc/passwd-of-the-image", passwd).unwrap();
+        });
+        std::fs::write(image.path().join("etc/passwd-of-the-image"), "inside").unwrap();
+        let root = image.path().to_str().unwrap();
+        assert_eq!(read(root, "/etc/passwd").unwrap(), "inside");
+        assert_eq!(read(root, "/etc/group").unwrap(), "");
+    }
+
+    #[test]
+    fn a_home_is_the_one_of_the_number() {
+        let image = image(|passwd| std::fs::write(passwd, PASSWD).unwrap());
+        let root = image.path().to_str().unwrap();
+        assert_eq!(home(root, 33).as_deref(), Some("/srv"));
+        assert_eq!(home(root, 34), None);
     }
 }

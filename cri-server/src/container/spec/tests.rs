@@ -24,10 +24,27 @@ fn secured(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig
     }
 }
 
+/// One that may have privileged containers.
+fn pod() -> cri::PodSandboxConfig {
+    let security = cri::LinuxSandboxSecurityContext {
+        privileged: true,
+        ..Default::default()
+    };
+    pod_with(security)
+}
+
+fn pod_with(security: cri::LinuxSandboxSecurityContext) -> cri::PodSandboxConfig {
+    cri::PodSandboxConfig {
+        linux: Some(cri::LinuxPodSandboxConfig {
+            security_context: Some(security),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
 fn planned(container: &cri::ContainerConfig) -> Spec {
-    plan(container, &cri::PodSandboxConfig::default(), &image())
-        .unwrap()
-        .spec
+    plan(container, &pod(), &image()).unwrap().spec
 }
 
 fn process_of(container: &cri::ContainerConfig) -> Process {
@@ -259,11 +276,113 @@ fn what_a_vm_cannot_do_is_refused_by_name() {
         ..Default::default()
     });
     refuse(group, "run_as_group");
+    let privileged = secured(cri::LinuxContainerSecurityContext {
+        privileged: true,
+        ..Default::default()
+    });
+    refuse(privileged, "security_context.privileged");
+    let labels = cri::SeLinuxOption {
+        level: "s0".into(),
+        ..Default::default()
+    };
+    let labelled = secured(cri::LinuxContainerSecurityContext {
+        selinux_options: Some(labels.clone()),
+        ..Default::default()
+    });
+    refuse(labelled, "selinux_options");
+    let labelled = pod_with(cri::LinuxSandboxSecurityContext {
+        selinux_options: Some(labels),
+        ..Default::default()
+    });
+    assert!(check_pod(&labelled).is_err());
+    let profile = secured(cri::LinuxContainerSecurityContext {
+        apparmor: Some(cri::SecurityProfile {
+            profile_type: cri::security_profile::ProfileType::Localhost.into(),
+            localhost_ref: "mine".into(),
+        }),
+        ..Default::default()
+    });
+    refuse(profile, "no profile mine");
+    #[allow(deprecated)]
+    let old = secured(cri::LinuxContainerSecurityContext {
+        apparmor_profile: "localhost/mine".into(),
+        ..Default::default()
+    });
+    refuse(old, "apparmor_profile");
+    let windows = cri::ContainerConfig {
+        windows: Some(cri::WindowsContainerConfig::default()),
+        ..Default::default()
+    };
+    refuse(windows, "windows");
+    let injected = cri::ContainerConfig {
+        cdi_devices: vec![cri::CdiDevice {
+            name: "vendor/gpu=0".into(),
+        }],
+        ..Default::default()
+    };
+    refuse(injected, "vendor/gpu=0");
+    let user = cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod.into(),
+        ..Default::default()
+    };
+    let mapped = secured(cri::LinuxContainerSecurityContext {
+        namespace_options: Some(cri::NamespaceOption {
+            userns_options: Some(user),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    refuse(mapped, "userns_options");
     let negative = secured(cri::LinuxContainerSecurityContext {
         run_as_user: Some(cri::Int64Value { value: -1 }),
         ..Default::default()
     });
     refuse(negative, "run_as_user");
+}
+
+#[test]
+fn values_the_cri_does_not_know_are_refused_and_named() {
+    let refusal = |security| {
+        let refused = plan(&secured(security), &pod(), &image());
+        refused.unwrap_err().to_string()
+    };
+    let policy = cri::LinuxContainerSecurityContext {
+        supplemental_groups_policy: 9,
+        ..Default::default()
+    };
+    assert!(refusal(policy).contains("supplemental_groups_policy"));
+    let mode = cri::LinuxContainerSecurityContext {
+        namespace_options: Some(cri::NamespaceOption {
+            ipc: 9,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert!(refusal(mode).contains("namespace_options.ipc"));
+}
+
+#[test]
+fn a_target_has_a_name_and_is_no_pods() {
+    let target = |id: &str| cri::NamespaceOption {
+        pid: cri::NamespaceMode::Target.into(),
+        target_id: id.into(),
+        ..Default::default()
+    };
+    let container = |id| {
+        secured(cri::LinuxContainerSecurityContext {
+            namespace_options: Some(target(id)),
+            ..Default::default()
+        })
+    };
+    let planned = plan(&container("c1"), &pod(), &image()).unwrap();
+    assert_eq!(planned.pid_target.as_deref(), Some("c1"));
+    let refused = plan(&container(""), &pod(), &image()).unwrap_err();
+    assert!(refused.to_string().contains("target_id"), "{refused}");
+    let pod = pod_with(cri::LinuxSandboxSecurityContext {
+        namespace_options: Some(target("c1")),
+        ..Default::default()
+    });
+    assert!(check_pod(&pod).is_err());
 }
 
 #[test]
