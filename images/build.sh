@@ -26,6 +26,7 @@ umoci init --layout "$layout/test"
 
 # The recipes, in the order they build on each other.
 . "$here/base.sh"
+. "$here/hostile.sh"
 . "$here/multi.sh"
 . "$here/web.sh"
 
@@ -64,6 +65,9 @@ push base test/base:same
 push config test/config:1
 push pause test/pause:1
 push hardlink test/hardlink:1
+for name in $hostiles; do
+    push "$name" "test/$name:1"
+done
 push base test/docker:1 --format v2s2
 push multi test/multi:1 --all
 push web demo/web:1

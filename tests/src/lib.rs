@@ -11,6 +11,8 @@
 pub mod archive;
 pub mod cri;
 pub mod fake_registry;
+#[cfg(test)]
+mod fields;
 pub mod http;
 pub mod leak;
 pub mod log;

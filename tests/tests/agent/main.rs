@@ -215,6 +215,35 @@ async fn nobody_in_a_container_can_speak_vsock_or_open_the_pods_disks() {
 }
 
 #[tokio::test]
+async fn devices_of_the_specification_are_nodes_but_never_the_pods_disks() {
+    let mut guest = Guest::boot().await;
+    guest.prepare().await;
+    let line = "stat -c '%a %u %g %F' /dev/own /dev/queue; (: < /dev/own) && echo read; \
+                (: > /dev/own) 2>/dev/null || echo read only";
+    let mut program = spec(&["sh", "-c", line]);
+    program["linux"]["devices"] = json!([
+        {"path": "/dev/own", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 7},
+        {"path": "/dev/queue", "type": "p", "gid": 8},
+    ]);
+    program["linux"]["resources"] = json!({"devices": [
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "r"},
+    ]});
+    let (output, errors, _) = run(&mut guest, "c1", &program).await;
+    let expected = "640 7 0 character special file\n666 0 8 fifo\nread\nread only\n";
+    assert_eq!((output.as_str(), errors.as_str()), (expected, ""));
+    let disk = json!({"path": "/dev/disk", "type": "b", "major": 254, "minor": 0});
+    let absent = json!({"path": "/dev/absent", "type": "c", "major": 4001, "minor": 0});
+    for (device, why) in [(disk, "disk of the pod"), (absent, "does not exist")] {
+        program["linux"]["devices"] = json!([device]);
+        let request = create(&guest, "c2", &program);
+        let status = guest.agent.create_container(request).await.unwrap_err();
+        assert!(status.message().contains(why), "{status}");
+    }
+    guest.end().await;
+}
+
+#[tokio::test]
 async fn user_groups_and_directory_are_those_of_the_specification() {
     let mut guest = Guest::boot().await;
     guest.prepare().await;
@@ -403,10 +432,16 @@ async fn a_shared_pid_namespace_shows_the_pods_containers_to_each_other() {
     guest
         .prepare_with(|request| request.shared_pid_namespace = true)
         .await;
-    let request = create(&guest, "c1", &spec(&["sleep", "1000"]));
+    let sharing = |arguments: &[&str]| {
+        let mut sharing = spec(arguments);
+        sharing["linux"]["namespaces"] = json!([{"type": "mount"}]);
+        sharing
+    };
+    let request = create(&guest, "c1", &sharing(&["sleep", "1000"]));
     guest.agent.create_container(request).await.unwrap();
     start(&mut guest, "c1").await.unwrap();
-    let seen = script(&mut guest, "c2", "ps; ls /proc/1/root 2>&1 | head -n1").await;
+    let line = "ps; ls /proc/1/root 2>&1 | head -n1";
+    let (seen, ..) = run(&mut guest, "c2", &sharing(&["sh", "-c", line])).await;
     assert!(
         seen.contains("sleep 1000") && seen.contains("pause"),
         "{seen}"
