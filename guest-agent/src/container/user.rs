@@ -1,6 +1,7 @@
 //! Users by name: looked up in the image's own /etc/passwd and /etc/group.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -60,24 +61,19 @@ pub fn home(root: &str, uid: u32) -> Option<String> {
 /// is not there lists nobody.
 fn read(root: &str, path: &str) -> Result<String, String> {
     let cannot = |error: std::io::Error| format!("cannot read the image's {path}: {error}");
-    let opened = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .map_err(std::io::Error::from)
-        .and_then(|root| Root::new(root).open(path, OFlags::RDONLY | OFlags::NONBLOCK));
-    let file = match opened {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
-        opened => opened.map_err(cannot)?,
+    let open = |flags| {
+        let root = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        Root::new(root).open(path, flags)
     };
-    let status = rustix::fs::fstat(&file).map_err(|error| cannot(error.into()))?;
-    let kind = FileType::from_raw_mode(status.st_mode);
-    if kind != FileType::RegularFile {
-        let kind = match kind {
-            FileType::Directory => "a directory",
-            FileType::Fifo => "a FIFO",
-            FileType::CharacterDevice | FileType::BlockDevice => "a device",
-            _ => "no regular file",
-        };
-        return Err(format!("the image's {path} is {kind}, not a file of users"));
-    }
+    // Looked at before it is opened, for the answer's sake: no device of an image opens anyway. And
+    // once more after, as a container may change its files meanwhile.
+    let found = match open(OFlags::PATH) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        found => found.map_err(cannot)?,
+    };
+    regular(path, &found)?;
+    let file = open(OFlags::RDONLY | OFlags::NONBLOCK).map_err(cannot)?;
+    let bytes = regular(path, &file)?;
     let mut text = Vec::new();
     std::fs::File::from(file)
         .take(MOST + 1)
@@ -85,11 +81,24 @@ fn read(root: &str, path: &str) -> Result<String, String> {
         .map_err(cannot)?;
     if text.len() as u64 > MOST {
         return Err(format!(
-            "the image's {path} has {} bytes; at most {MOST} are read",
-            status.st_size
+            "the image's {path} has {bytes} bytes; at most {MOST} are read"
         ));
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The size of what must be a regular file.
+fn regular(path: &str, file: &OwnedFd) -> Result<i64, String> {
+    let status = rustix::fs::fstat(file)
+        .map_err(|error| format!("cannot look at the image's {path}: {error}"))?;
+    let kind = match FileType::from_raw_mode(status.st_mode) {
+        FileType::RegularFile => return Ok(status.st_size),
+        FileType::Directory => "a directory",
+        FileType::Fifo => "a FIFO",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        _ => "no regular file",
+    };
+    Err(format!("the image's {path} is {kind}, not a file of users"))
 }
 
 /// User id, group id and the groups that list the user.
