@@ -278,17 +278,12 @@ fn check_container(
         let reason = format!("the guest has no profile {}", profile.localhost_ref);
         return Err(unsupported("security_context.apparmor", reason));
     }
-    // Deprecated, and still filled in by old kubelets; "unconfined" and "runtime/default" ask for
-    // nothing that is not there.
+    // Deprecated, and still filled in by old kubelets.
     #[allow(deprecated)]
-    let paths = [
-        ("seccomp_profile_path", &security.seccomp_profile_path),
-        ("apparmor_profile", &security.apparmor_profile),
-    ];
-    for (field, path) in paths {
-        if !["", "unconfined", "runtime/default"].contains(&path.as_str()) {
-            return Err(unsupported(field, format!("the guest has no {path}")));
-        }
+    let profile = security.apparmor_profile.as_str();
+    if !["", "unconfined", "runtime/default"].contains(&profile) {
+        let reason = format!("the guest has no {profile}");
+        return Err(unsupported("apparmor_profile", reason));
     }
     check_labels(security.selinux_options.as_ref())
 }
