@@ -1,7 +1,7 @@
 //! Remembers what mutating calls answered, so that a repeated call does nothing twice.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use tonic::Status;
@@ -18,19 +18,26 @@ type Answer = Result<Vec<u8>, Status>;
 #[derive(Debug, Default)]
 pub struct Operations {
     // Held only to look up and insert, never across an await.
-    memory: Mutex<Memory>,
+    memory: Arc<Mutex<Memory>>,
 }
 
 #[derive(Debug, Default)]
 struct Memory {
-    answers: HashMap<String, Operation>,
-    order: VecDeque<String>,
+    answers: HashMap<Arc<str>, Operation>,
+    order: VecDeque<Arc<str>>,
 }
 
 #[derive(Debug)]
 struct Operation {
     call: &'static str,
-    answer: watch::Receiver<Option<Answer>>,
+    progress: Progress,
+}
+
+/// A channel is many times as large as an answer, so a finished operation has none.
+#[derive(Debug, Clone)]
+enum Progress {
+    Running(watch::Receiver<Option<Answer>>),
+    Done(Answer),
 }
 
 impl Operations {
@@ -41,26 +48,20 @@ impl Operations {
         T: prost::Message + Default,
         W: Future<Output = Result<T, Status>> + Send + 'static,
     {
-        let mut answer = self.enter(call, id, work)?;
-        let known = answer
-            .wait_for(Option::is_some)
-            .await
-            .map_err(|_| Status::internal(format!("{call}: the operation died")))?
-            .clone();
-        match known {
-            Some(Ok(bytes)) => T::decode(bytes.as_slice())
-                .map_err(|_| Status::internal(format!("{call}: the answer was lost"))),
-            Some(Err(status)) => Err(status),
-            None => Err(Status::internal(format!("{call}: no answer"))),
-        }
+        let known = match self.enter(call, id, work)? {
+            Progress::Done(answer) => answer,
+            Progress::Running(mut answer) => {
+                let known = answer.wait_for(Option::is_some).await;
+                known
+                    .map_or(None, |known| known.clone())
+                    .ok_or_else(|| Status::internal(format!("{call}: the operation died")))?
+            }
+        };
+        T::decode(known?.as_slice())
+            .map_err(|_| Status::internal(format!("{call}: the answer was lost")))
     }
 
-    fn enter<T, W>(
-        &self,
-        call: &'static str,
-        id: &str,
-        work: W,
-    ) -> Result<watch::Receiver<Option<Answer>>, Status>
+    fn enter<T, W>(&self, call: &'static str, id: &str, work: W) -> Result<Progress, Status>
     where
         T: prost::Message + Default,
         W: Future<Output = Result<T, Status>> + Send + 'static,
@@ -70,7 +71,7 @@ impl Operations {
                 "{call}: operation_id must have 1 to {LONGEST_ID} bytes"
             )));
         }
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = lock(&self.memory);
         if let Some(known) = memory.answers.get(id) {
             if known.call != call {
                 return Err(Status::invalid_argument(format!(
@@ -78,35 +79,49 @@ impl Operations {
                     known.call
                 )));
             }
-            return Ok(known.answer.clone());
+            return Ok(known.progress.clone());
         }
         let (sender, answer) = watch::channel(None);
+        let (id, all): (Arc<str>, _) = (id.into(), Arc::clone(&self.memory));
+        memory.remember(&id, call, answer.clone());
         tokio::spawn(async move {
             let done = work.await.map(|answer| answer.encode_to_vec());
+            if let Some(operation) = lock(&all).answers.get_mut(&id) {
+                operation.progress = Progress::Done(done.clone());
+            }
             sender.send_replace(Some(done));
         });
-        memory.remember(id, call, answer.clone());
-        Ok(answer)
+        Ok(Progress::Running(answer))
     }
 }
 
+fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Memory {
-    fn remember(&mut self, id: &str, call: &'static str, answer: watch::Receiver<Option<Answer>>) {
+    fn remember(
+        &mut self,
+        id: &Arc<str>,
+        call: &'static str,
+        answer: watch::Receiver<Option<Answer>>,
+    ) {
         while self.order.len() >= REMEMBERED {
             // One still running goes to the back: its caller may ask again.
             let Some(oldest) = self.order.pop_front() else {
                 break;
             };
-            let running = |operation: &Operation| operation.answer.borrow().is_none();
-            if self.answers.get(&oldest).is_some_and(running) {
+            let known = self.answers.get(&oldest);
+            if known.is_some_and(|known| matches!(known.progress, Progress::Running(_))) {
                 self.order.push_back(oldest);
                 break;
             }
             self.answers.remove(&oldest);
         }
-        self.order.push_back(id.to_owned());
+        self.order.push_back(Arc::clone(id));
+        let progress = Progress::Running(answer);
         self.answers
-            .insert(id.to_owned(), Operation { call, answer });
+            .insert(Arc::clone(id), Operation { call, progress });
     }
 }
 
@@ -172,19 +187,14 @@ mod tests {
     async fn work_outlives_its_caller() {
         let operations = Operations::default();
         let (go, gate) = tokio::sync::oneshot::channel::<()>();
-        let mut receiver = operations
-            .enter("Start", "a", async move {
-                let _ = gate.await;
-                Ok(started(5))
-            })
-            .unwrap();
-        drop(receiver.clone());
+        let first = operations.enter("Start", "a", async move {
+            let _ = gate.await;
+            Ok(started(5))
+        });
+        drop(first.unwrap());
         go.send(()).unwrap();
-        let answer = receiver.wait_for(Option::is_some).await.unwrap().clone();
-        assert_eq!(
-            answer.unwrap().unwrap(),
-            prost::Message::encode_to_vec(&started(5))
-        );
+        let again = operations.once("Start", "a", async { Ok(started(6)) });
+        assert_eq!(again.await.unwrap(), started(5));
     }
 
     #[tokio::test]
