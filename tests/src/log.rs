@@ -2,6 +2,7 @@
 //! `TIME stdout|stderr P|F TEXT`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -34,6 +35,18 @@ pub struct Line {
 pub fn read(path: &Path) -> Result<Vec<Line>> {
     let bytes = std::fs::read(path).with_context(|| format!("log {}", path.display()))?;
     parse(&bytes).with_context(|| format!("log {}", path.display()))
+}
+
+/// Waits until a container has said exactly this to its standard output.
+pub fn wait_for(path: &Path, wanted: &str) -> Result<()> {
+    for _ in 0..600 {
+        let said = read(path).map(|lines| text(&lines, Stream::Stdout));
+        if said.as_deref().is_ok_and(|said| said == wanted) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    bail!("{} does not say {wanted:?}", path.display())
 }
 
 /// What one stream said: complete lines joined by newlines, parts joined as they are.

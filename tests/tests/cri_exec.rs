@@ -1,15 +1,22 @@
-//! ExecSync at its edges: what a command leaves behind, much output, little memory, many at once.
+//! ExecSync: what it answers, what a command leaves behind, much output, little memory, many at
+//! once.
 
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::cri::{Cri, refused};
-use bulkhead_tests::request::{resources, sleeper};
+use bulkhead_tests::request::{resources, security, sleeper};
 use bulkhead_tests::{Node, suite};
 use tonic::Code;
 
 suite! {
+    exec_answers_output_and_exit_code,
+    exec_is_killed_at_its_time_limit,
+    exec_is_killed_with_its_children,
+    exec_runs_as_the_container_does,
+    exec_of_a_missing_command_fails,
+    exec_needs_a_running_container,
     exec_is_killed_with_all_it_has_started,
     exec_of_a_client_that_vanishes_is_killed,
     exec_leaves_a_daemon_alone,
@@ -35,6 +42,98 @@ fn processes_become(cri: &Cri, id: &str, pattern: &str, wanted: usize) -> Result
         thread::sleep(Duration::from_millis(50));
     }
     anyhow::bail!("{found} processes {pattern:?}, not {wanted}")
+}
+
+fn exec_answers_output_and_exit_code(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let line = "echo out; echo err >&2; printf '\\377\\000'; exit 9";
+    let reply = cri.exec_for(&id, &["/bin/sh", "-c", line], 0)?;
+    ensure!(reply.stdout == b"out\n\xff\0", "{reply:?}");
+    ensure!(reply.stderr == b"err\n", "{reply:?}");
+    ensure!(reply.exit_code == 9, "{reply:?}");
+    let reply = cri.exec_for(&id, &["/bin/true"], 30)?;
+    ensure!(reply.exit_code == 0 && reply.stdout.is_empty(), "{reply:?}");
+    let reply = cri.exec_for(&id, &["/bin/sh", "-c", "kill -9 $$"], 0)?;
+    ensure!(reply.exit_code == 137, "{reply:?}");
+    // One exec leaves nothing in the way of the next.
+    for _ in 0..5 {
+        ensure!(cri.shell(&id, "echo again")? == "again", "a later exec");
+    }
+    Ok(())
+}
+
+fn exec_is_killed_at_its_time_limit(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-limit")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    refused(
+        cri.exec_for(&id, &["sleep", "7654"], 1),
+        &[Code::DeadlineExceeded],
+    )?;
+    let left = cri.shell(&id, "ps -o args | grep -c '^sleep 7654' || true")?;
+    ensure!(left == "0", "{left} processes of the exec go on");
+    Ok(())
+}
+
+fn exec_is_killed_with_its_children(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-children")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let line = "sleep 7654 & sleep 7654";
+    let answer = cri.exec_for(&id, &["/bin/sh", "-c", line], 1);
+    refused(answer, &[Code::DeadlineExceeded])?;
+    let left = cri.shell(&id, "ps -o args | grep -c '^sleep 7654' || true")?;
+    ensure!(left == "0", "{left} processes of the exec go on");
+    Ok(())
+}
+
+fn exec_runs_as_the_container_does(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-as")?;
+    let mut config = sleeper("sleeper", &node.image("test/config:1")?);
+    security(&mut config)
+        .capabilities
+        .get_or_insert_default()
+        .drop_capabilities = vec!["ALL".to_owned()];
+    let id = pod.start(&config)?;
+    let said = cri.shell(
+        &id,
+        "id -u; id -g; pwd; echo $FROM_IMAGE; grep CapBnd /proc/self/status",
+    )?;
+    ensure!(
+        said == "1000\n50\n/work/made\nimage\nCapBnd:\t0000000000000000",
+        "{said:?}"
+    );
+    Ok(())
+}
+
+fn exec_of_a_missing_command_fails(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-missing")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    match cri.exec_for(&id, &["/no/such/command"], 0) {
+        Ok(reply) => ensure!([126, 127].contains(&reply.exit_code), "{reply:?}"),
+        Err(status) => ensure!(status.message().contains("/no/such/command"), "{status}"),
+    }
+    ensure!(
+        cri.shell(&id, "echo fine")? == "fine",
+        "the container after it"
+    );
+    Ok(())
+}
+
+fn exec_needs_a_running_container(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-stopped")?;
+    let created = pod.create(&sleeper("created", &node.base()?))?;
+    let codes = [Code::FailedPrecondition];
+    refused(cri.exec_for(&created, &["true"], 0), &codes)?;
+    cri.start(&created)?;
+    cri.stop(&created, 10)?;
+    refused(cri.exec_for(&created, &["true"], 0), &codes)?;
+    Ok(())
 }
 
 fn exec_is_killed_with_all_it_has_started(node: &Node) -> Result<()> {
