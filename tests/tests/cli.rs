@@ -17,6 +17,7 @@ suite! {
     run_takes_the_images_command,
     run_brings_up_a_server_of_its_own,
     run_is_removed_by_ctrl_c,
+    run_says_that_memory_was_short,
     run_of_a_missing_command_says_so,
     run_of_an_unknown_image_names_it,
     ps_lists_pods_and_containers,
@@ -111,6 +112,31 @@ fn run_is_removed_by_ctrl_c(node: &Node) -> Result<()> {
     }
     let left = node.cri()?.pod_ids(PodSandboxFilter::default())?;
     ensure!(left.is_empty(), "pods {left:?} are left");
+    Ok(())
+}
+
+fn run_says_that_memory_was_short(node: &Node) -> Result<()> {
+    let (server, image) = (socket(node)?, node.registry.name(BASE));
+    let done = output(
+        node,
+        &[
+            "run",
+            "--memory",
+            "20M",
+            &server,
+            &image,
+            "--",
+            "tail",
+            "/dev/zero",
+        ],
+    )?;
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(
+        done.status.code() == Some(137),
+        "{:?} {stderr}",
+        done.status
+    );
+    ensure!(stderr.contains("OOMKilled"), "{stderr}");
     Ok(())
 }
 

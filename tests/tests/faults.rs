@@ -208,8 +208,10 @@ fn full_scratch_disk_is_the_containers_trouble(node: &Node) -> Result<()> {
     let ended = pod.run_to_end(&shell("writer", &image, line))?;
     ensure!(
         ended.stderr().contains("No space left on device"),
-        "{:?}",
-        ended.stderr()
+        "{:?} {:?} {:?}",
+        ended.status,
+        ended.stderr(),
+        ended.stdout()
     );
     ensure!(ended.stdout() == "again\n", "{:?}", ended.stdout());
     server.stop()

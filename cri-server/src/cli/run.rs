@@ -282,10 +282,13 @@ impl<'a> Session<'a> {
                 }
                 _ = look.tick() => match self.status(container).await {
                     Ok(status) if status.state() == ContainerState::ContainerExited => {
-                        return match self.copy(log) {
-                            Ok(()) => Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX)),
-                            Err(end) => end,
-                        };
+                        if let Err(end) = self.copy(log) {
+                            return end;
+                        }
+                        if let Some(why) = notable_end(&status) {
+                            eprintln!("bulkhead: the container has ended: {why}");
+                        }
+                        return Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX));
                     }
                     Ok(_) => seen = Instant::now(),
                     Err(failure) if seen.elapsed() > AWAY_LIMIT => return Err(failure),
@@ -375,6 +378,7 @@ async fn wait_for<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -382,6 +386,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
@@ -390,7 +395,18 @@ impl Signals {
         tokio::select! {
             _ = self.interrupt.recv() => 2,
             _ = self.terminate.recv() => 15,
+            _ = self.hangup.recv() => 1,
         }
+    }
+}
+
+/// Why a container has ended, when its exit status does not tell: nobody asked it to.
+fn notable_end(end: &ContainerStatus) -> Option<String> {
+    match (end.reason.as_str(), end.message.as_str()) {
+        ("Completed" | "Error", "") => None,
+        ("Completed" | "Error", message) => Some(message.to_owned()),
+        (reason, "") => Some(reason.to_owned()),
+        (reason, message) => Some(format!("{reason}: {message}")),
     }
 }
 

@@ -9,6 +9,7 @@ use kvm_ioctls::{Cap, Kvm};
 use super::microguest::{self, Outcome};
 use super::{Finding, Report};
 use crate::cgroup::Hierarchy;
+use crate::config::Artefacts;
 use crate::network;
 
 /// The oldest kernel that has what pods need, major and minor.
@@ -46,12 +47,26 @@ pub fn examine(tests_too: bool) -> Report {
         findings.extend([kvm_interface(), micro_guest()]);
     }
     findings.push(cgroups());
+    findings.push(artefacts());
     findings.extend(TOOLS.map(|(tool, package, purpose)| program(tool, package, purpose)));
     findings.push(pod_network());
     findings.push(erofs(tests_too));
     findings.extend(nx_huge_pages());
     findings.extend(favordynmods());
     Report { findings }
+}
+
+/// What every VM is started from.
+fn artefacts() -> Finding {
+    let name = "VMM and guest";
+    match Artefacts::find() {
+        Ok(found) => Finding::good(name, found.vmm.display().to_string()),
+        Err(missing) => Finding::failure(
+            name,
+            missing,
+            "put bulkhead-vmm, vmlinux and initramfs beside bulkhead or into /usr/lib/bulkhead",
+        ),
+    }
 }
 
 fn is_root() -> bool {

@@ -5,6 +5,8 @@ use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 use rustix::ioctl::{self, Setter};
+#[cfg(test)]
+use rustix::mount::MountPropagationFlags;
 use rustix::thread::UnshareFlags;
 
 /// `TUNSETIFF` of include/uapi/linux/if_tun.h: `_IOW('T', 202, int)`.
@@ -53,6 +55,16 @@ pub fn unshare_network() -> Result<(), Errno> {
     // SAFETY: CLONE_NEWNET alone changes no memory and no descriptor table; only the calling
     // thread's view of the network changes.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
+}
+
+/// Moves the calling thread into a new mount namespace, whose mounts end with it.
+#[cfg(test)]
+pub fn unshare_mounts() -> Result<(), Errno> {
+    // SAFETY: CLONE_NEWNS gives the thread a root and working directory of its own, and changes
+    // no memory and no descriptor table.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)? };
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private)
 }
 
 const _: () = assert!(size_of::<InterfaceRequest>() == 40);

@@ -16,10 +16,11 @@ use super::*;
 const BROADCAST: [u8; 6] = [0xff; 6];
 const HEADER: usize = 12;
 
-/// Runs the test on a thread in a new network namespace; what it starts inherits it.
+/// Runs the test on a thread in new network and mount namespaces; what it starts inherits them.
 fn on_new_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     let thread = std::thread::spawn(|| {
         sys::unshare_network().expect("a network namespace (is this root?)");
+        sys::unshare_mounts().expect("a mount namespace");
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()

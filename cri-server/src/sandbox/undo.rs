@@ -48,22 +48,20 @@ impl UndoList {
     }
 
     /// Undoes every step, the newest first. A step that fails stays in the list and does not keep
-    /// the others from being undone; the first failure is returned.
+    /// the others from being undone; the first failure is returned. That a shorter list cannot be
+    /// written, for want of space perhaps, is none: what is undone may be undone again.
     pub async fn unwind<U: Undo>(&mut self, pod: &mut U) -> Result<(), U::Error> {
         let mut failure = None;
         for at in (0..self.0.len()).rev() {
             let Some(&step) = self.0.get(at) else {
                 continue;
             };
-            let done = match pod.undo(step).await {
+            match pod.undo(step).await {
                 Ok(()) => {
                     self.0.remove(at);
-                    pod.keep(self).await
+                    let _ = pod.keep(self).await;
                 }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = done {
-                failure.get_or_insert(error);
+                Err(error) => drop(failure.get_or_insert(error)),
             }
         }
         failure.map_or(Ok(()), Err)
@@ -98,6 +96,8 @@ mod tests {
         broken: Option<Step>,
         /// Operations until the power fails.
         power: usize,
+        /// Nothing can be written.
+        full: bool,
     }
 
     impl Machine {
@@ -118,6 +118,9 @@ mod tests {
 
         async fn keep(&mut self, list: &UndoList) -> Result<(), Step> {
             self.operate()?;
+            if self.full {
+                return Err(Step::RunDirectory);
+            }
             self.disk = list.clone();
             Ok(())
         }
@@ -176,5 +179,18 @@ mod tests {
         machine.broken = None;
         list.unwind(&mut machine).await.unwrap();
         assert!(machine.effects.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_keeps_nothing_from_being_undone() {
+        let mut machine = Machine {
+            power: usize::MAX,
+            ..Default::default()
+        };
+        build(&mut machine).await.unwrap();
+        let mut list = machine.disk.clone();
+        machine.full = true;
+        assert_eq!(list.unwind(&mut machine).await, Ok(()));
+        assert!(machine.effects.is_empty() && list.is_empty());
     }
 }

@@ -24,7 +24,23 @@ pub fn of_sandbox(error: &SandboxError) -> Status {
     Status::new(code(error), message)
 }
 
+/// Whether a full disk of the host is behind it.
+fn lacks_space(error: &SandboxError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let system = error.downcast_ref::<std::io::Error>();
+        if system.is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn code(error: &SandboxError) -> Code {
+    if lacks_space(error) {
+        return Code::ResourceExhausted;
+    }
     match error {
         SandboxError::NotFound { .. } => Code::NotFound,
         SandboxError::NameTaken { .. } => Code::AlreadyExists,
