@@ -3,7 +3,7 @@
 #
 # The directory holds `registry`, the storage of a Debian docker-registry with all images pushed.
 # It is made once for each content of this folder and kept under $XDG_CACHE_HOME or ~/.cache.
-# Needs root and the Debian packages which xtask/src/assets.rs of the tests names; a Debian mirror is asked for packages.
+# Needs root and the Debian packages which tests/xtask/src/assets.rs names; a Debian mirror is asked for packages.
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 

@@ -63,7 +63,7 @@ impl Machine {
     }
 }
 
-/// Fails if a process or a mount has to do with a directory.
+/// Fails if a mount lies in a directory.
 pub fn expect_unused(directory: &Path) -> Result<()> {
     let text = directory.display().to_string();
     let mut left = BTreeSet::new();

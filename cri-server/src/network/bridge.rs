@@ -67,7 +67,7 @@ impl Plan {
             .find(|link| link.alias.as_deref() == Some(&self.alias)))
     }
 
-    /// Makes the bridge, or completes the one there is. The hosts's other links stay untouched;
+    /// Makes the bridge, or completes the one there is. The host's other links stay untouched;
     /// forwarding of IPv4 is switched on for the host and stays on, since others may have come
     /// to need it.
     pub async fn ensure(&self, links: &Links) -> Result<Bridge, NetworkError> {

@@ -15,7 +15,7 @@ use super::state::{ContainerState, PodState};
 use super::undo::UndoList;
 use super::{SandboxError, host};
 
-/// Version of [`Record`]; its own and the one before are read.
+/// Version of [`Record`]; no other has been written yet, and none is read.
 pub const VERSION: u32 = 1;
 /// The largest record that is read, in bytes.
 const LARGEST: u64 = 64 << 20;

@@ -123,7 +123,7 @@ fn the_vmm_has_no_async_runtime() {
 fn the_agent_knows_no_kvm_and_no_images() {
     let metadata = metadata();
     let tree = tree(&metadata, "bulkhead-agent");
-    for stranger in ["kvm-ioctls", "oci-client", "rtnetlink"] {
+    for stranger in ["kvm-ioctls", "reqwest", "rtnetlink"] {
         assert!(
             !tree.contains(stranger),
             "bulkhead-agent depends on {stranger}"
