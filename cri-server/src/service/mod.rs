@@ -43,8 +43,14 @@ pub enum ServeError {
         /// The state's directory.
         root: PathBuf,
     },
+    /// Another server has the socket.
+    #[error("Another server answers on {socket}; stop it, or give this one a `socket` of its own")]
+    Answered {
+        /// The CRI socket.
+        socket: PathBuf,
+    },
     /// A file or socket failed.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {source}{advice}", path = path.display(), advice = advice(source))]
     File {
         /// The file.
         path: PathBuf,
@@ -63,6 +69,13 @@ pub enum ServeError {
     /// The connections failed.
     #[error("The server failed: {0}")]
     Transport(#[from] tonic::transport::Error),
+}
+
+fn advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "; the server has to run as root",
+        _ => "",
+    }
 }
 
 /// Serves the CRI until SIGTERM or SIGINT; pods run on.
@@ -103,7 +116,17 @@ pub async fn serve_until(
     let host = Host::new(config, network, images.clone()).map_err(at(&socket))?;
     let sandboxes = Sandboxes::open(Arc::new(host)).await?;
     let listener = listen(&socket)?;
-    tracing::info!(socket = %socket.display(), "serving");
+    let pods = sandboxes.list().len();
+    tracing::info!(socket = %socket.display(), pods, "serving");
+    let host = Arc::clone(sandboxes.host());
+    tokio::task::spawn_blocking(move || {
+        for obstacle in [host.ready(), host.network.ready()]
+            .into_iter()
+            .flat_map(Result::err)
+        {
+            tracing::warn!("no pod can run here: {obstacle}");
+        }
+    });
 
     let runtime = RuntimeServiceServer::new(runtime::Runtime::new(sandboxes))
         .max_decoding_message_size(LARGEST_MESSAGE)
@@ -164,8 +187,9 @@ fn listen(path: &Path) -> Result<UnixListener, ServeError> {
         make_directory(directory)?;
     }
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        let source = std::io::Error::from(std::io::ErrorKind::AddrInUse);
-        return Err(at(path)(source));
+        return Err(ServeError::Answered {
+            socket: path.to_owned(),
+        });
     }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(at(path)(error)),
@@ -208,7 +232,8 @@ mod tests {
         let first = listen(&path).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        assert!(listen(&path).is_err());
+        let second = listen(&path);
+        assert!(matches!(second, Err(ServeError::Answered { .. })));
         drop(first);
         listen(&path).unwrap();
     }
