@@ -1,6 +1,7 @@
 //! Bad input and broken machines: each gives a clear error and leaves nothing behind.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,6 +29,8 @@ suite! {
     missing_command_fails_at_the_start,
     file_that_is_no_program_fails_at_the_start,
     full_disk_fails_the_pull,
+    full_disk_fails_the_pod,
+    pod_on_a_disk_that_has_filled_up_can_be_removed,
     full_scratch_disk_is_the_containers_trouble,
     machine_without_kvm_still_has_images,
     machine_with_cgroup_v1_still_has_images,
@@ -195,6 +198,52 @@ fn full_disk_fails_the_pull(node: &Node) -> Result<()> {
     ensure!(server.cri.image(&name)?.is_none(), "{name} is there");
     // What the failed pull took is given back.
     node.image_on(&server.cri, BASE)?;
+    server.stop()
+}
+
+/// Fills a file system with one file, and takes it away again for `false`.
+fn fill(disk: &Scratch, full: bool) -> Result<()> {
+    let file = disk.path().join("filling");
+    if !full {
+        return Ok(fs::remove_file(file)?);
+    }
+    let zeros = fs::File::open("/dev/zero")?;
+    let written = std::io::copy(&mut zeros.take(1 << 30), &mut fs::File::create(file)?);
+    ensure!(written.is_err(), "{} is larger", disk.path().display());
+    Ok(())
+}
+
+fn full_disk_fails_the_pod(node: &Node) -> Result<()> {
+    let disk = Scratch::mount("full-pod", "size=64m")?;
+    let mut plan = node.plan("full-pod");
+    plan.root = Some(disk.path().to_owned());
+    let server = plan.start()?;
+    fill(&disk, true)?;
+    let before = Machine::look_at(&server)?;
+    let answer = server.cri.run_pod(&node.pod_config("no-space")?);
+    let message = refused(answer, &[Code::ResourceExhausted])?;
+    ensure!(
+        message.to_lowercase().contains("no space left"),
+        "{message}"
+    );
+    before.settles_again_at(&server)?;
+    let left = server.cri.pod_ids(PodSandboxFilter::default())?;
+    ensure!(left.is_empty(), "{left:?}");
+    fill(&disk, false)?;
+    Pod::run(&server.cri, node.pod_config("space")?)?;
+    server.stop()
+}
+
+fn pod_on_a_disk_that_has_filled_up_can_be_removed(node: &Node) -> Result<()> {
+    let disk = Scratch::mount("filled-up", "size=64m")?;
+    let mut plan = node.plan("filled-up");
+    plan.root = Some(disk.path().to_owned());
+    let server = plan.start()?;
+    let pod = Pod::run(&server.cri, node.pod_config("filled-up")?)?;
+    fill(&disk, true)?;
+    server.cri.remove_pod(&pod.id)?;
+    let left = server.cri.pod_ids(PodSandboxFilter::default())?;
+    ensure!(left.is_empty(), "{left:?}");
     server.stop()
 }
 

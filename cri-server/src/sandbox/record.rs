@@ -143,23 +143,23 @@ impl Container {
 }
 
 /// Why a record cannot be kept or read.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("The pod's record {path} cannot be {what}: {reason}", path = path.display())]
+#[derive(Debug, thiserror::Error)]
+#[error("The pod's record {path} cannot be {what}: {source}", path = path.display())]
 pub struct RecordError {
     /// The file or directory.
     pub path: PathBuf,
     /// What was tried.
     pub what: &'static str,
     /// Why it failed.
-    pub reason: String,
+    pub source: std::io::Error,
 }
 
 impl RecordError {
-    fn new(path: &Path, what: &'static str, reason: impl ToString) -> Self {
+    fn new(path: &Path, what: &'static str, source: impl Into<std::io::Error>) -> Self {
         Self {
             path: path.to_owned(),
             what,
-            reason: reason.to_string(),
+            source: source.into(),
         }
     }
 }
@@ -227,15 +227,14 @@ impl Records {
 }
 
 fn read(path: &Path) -> Result<Record, RecordError> {
-    let failed = |error: &dyn std::fmt::Display| RecordError::new(path, "read", error);
+    let failed = |error| RecordError::new(path, "read", error);
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| failed(&error))?;
-    let read = file.take(LARGEST).read_to_end(&mut bytes);
-    read.map_err(|error| failed(&error))?;
-    let record: Record = serde_json::from_slice(&bytes).map_err(|error| failed(&error))?;
+    let file = File::open(path).map_err(failed)?;
+    file.take(LARGEST).read_to_end(&mut bytes).map_err(failed)?;
+    let record: Record = serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?;
     if record.version != VERSION {
         let reason = format!("it has version {}, not {VERSION}", record.version);
-        return Err(failed(&reason));
+        return Err(failed(std::io::Error::other(reason)));
     }
     Ok(record)
 }
