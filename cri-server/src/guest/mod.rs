@@ -208,8 +208,6 @@ calls! {
     exec, exec: ExecRequest => ExecResponse, "run the command";
     /// Forgets an exec, killing it first.
     remove_exec, remove_exec: RemoveExecRequest => RemoveExecResponse, "end the command";
-    /// Gives a process's terminal a size.
-    resize, resize: ResizeRequest => ResizeResponse, "resize the terminal";
     /// Syncs and unmounts the disks.
     shutdown, shutdown: ShutdownRequest => ShutdownResponse, "shut down";
 }

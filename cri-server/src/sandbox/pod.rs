@@ -13,7 +13,7 @@ use super::host::new_id;
 use super::owner::{Answer, Request};
 use super::record::{Container, Record};
 use super::state::{ContainerState, PodState};
-use crate::container::exec::{Command, Exec, Output};
+use crate::container::exec::{self, Command, Output};
 use crate::container::spec::exec_process;
 use crate::deadline::{Deadline, Passed};
 
@@ -199,31 +199,16 @@ impl Pod {
         line: &[String],
         limit: Deadline,
     ) -> Result<Output, SandboxError> {
-        let exec = self.exec_start(id, line, false, false, limit).await?;
-        Ok(exec.collect(limit).await?)
-    }
-
-    /// Starts a command in a running container, with a terminal or without, and with its standard
-    /// input open or empty.
-    pub async fn exec_start(
-        &self,
-        id: &str,
-        line: &[String],
-        terminal: bool,
-        stdin: bool,
-        limit: Deadline,
-    ) -> Result<Exec, SandboxError> {
         let view = self.view();
         let container = view.container(id)?;
         running(container)?;
         let command = Command {
             container_id: id.to_owned(),
             exec_id: new_id()?,
-            process: exec_process(&container.process, line, terminal)?,
-            stdin,
+            process: exec_process(&container.process, line, false)?,
         };
         let guest = Arc::clone(&view.live()?.guest);
-        Ok(Exec::start(guest, command, limit).await?)
+        Ok(exec::run(guest, command, limit).await?)
     }
 
     async fn signal(

@@ -1,5 +1,7 @@
 //! The task that owns a container: all that changes it goes through here, in order.
 
+mod exec;
+
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,17 +12,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::container::ContainerError;
 use crate::container::cgroup::Cgroup;
 use crate::container::launch::{self, Held, LaunchError, Launched};
-use crate::container::plan::{self, Plan};
+use crate::container::plan::Plan;
 use crate::container::process::{self, Ending, Endpoint, Exit, Process, Which};
 use crate::container::seccomp::Filter;
 use crate::container::spec;
 use crate::container::terminal::Size;
-use crate::container::user;
 use crate::reap::Reaper;
 use crate::sandbox::now_nanoseconds;
 
-/// Most execs of a container at a time, those over but not removed among them.
-const MOST_EXECS: usize = 256;
+use exec::Exec;
 
 type Reply<T> = oneshot::Sender<Result<T, ContainerError>>;
 
@@ -264,13 +264,6 @@ enum Phase {
     Running,
 }
 
-enum Exec {
-    Starting,
-    /// It is to be removed, but is still being started.
-    Unwanted(Reply<()>),
-    There(Process, Cgroup),
-}
-
 struct Owner {
     id: String,
     cgroup: Cgroup,
@@ -416,104 +409,6 @@ impl Owner {
         });
     }
 
-    fn exec(&mut self, new: NewExec, reply: Reply<i32>) {
-        let NewExec { id, process, stdin } = new;
-        let refused = match self.state() {
-            State::Running if self.execs.contains_key(&id) => {
-                Some(ContainerError::Exists(format!("exec {id} exists")))
-            }
-            State::Running if self.execs.len() >= MOST_EXECS => Some(ContainerError::Exhausted(
-                format!("container {} has {MOST_EXECS} execs", self.id),
-            )),
-            State::Running => None,
-            _ => Some(self.not("must run for an exec")),
-        };
-        if let Some(error) = refused {
-            return drop(reply.send(Err(error)));
-        }
-        self.execs.insert(id.clone(), Exec::Starting);
-        let beside = Beside {
-            id: id.clone(),
-            process,
-            stdin,
-            init: self.init.descriptor(),
-            cgroup: self.cgroup.clone(),
-            image: self.image.clone(),
-            filter: self.filter.clone(),
-        };
-        let surroundings = self.surroundings.clone();
-        let commands = self.commands.clone();
-        tokio::spawn(async move {
-            let done = execute(beside, surroundings).await;
-            if let Some(commands) = commands.upgrade() {
-                let _ = commands.send(Command::Executed(id, done, reply)).await;
-            }
-        });
-    }
-
-    fn executed(
-        &mut self,
-        id: String,
-        done: Result<(Process, Held, Cgroup), ContainerError>,
-        reply: Reply<i32>,
-    ) {
-        let unwanted = match self.execs.remove(&id) {
-            Some(Exec::Unwanted(remover)) => Some(remover),
-            _ => None,
-        };
-        let (process, held, cgroup) = match (done, unwanted) {
-            (Ok(done), None) => done,
-            (Err(error), unwanted) => {
-                let _ = reply.send(Err(error));
-                return drop(unwanted.map(|remover| remover.send(Ok(()))));
-            }
-            (Ok((process, held, cgroup)), Some(remover)) => {
-                // Closing what holds it ends it before its program runs.
-                drop(held);
-                let what = format!("exec {id} was removed before it had started");
-                let _ = reply.send(Err(ContainerError::State(what)));
-                return end_exec(process, cgroup, remover);
-            }
-        };
-        // The exec waits for its own entry here, so that its streams can be opened by the time
-        // the caller hears of it.
-        let pid = process.pid;
-        self.execs.insert(id.clone(), Exec::There(process, cgroup));
-        let commands = self.commands.clone();
-        tokio::spawn(async move {
-            let started = match off(move || held.start()).await {
-                Ok(Ok(())) => Ok(pid),
-                Ok(Err(error)) => Err(ContainerError::Start(error)),
-                Err(error) => Err(error),
-            };
-            // One that never ran is not kept for its exit.
-            if let (Err(_), Some(commands)) = (&started, commands.upgrade()) {
-                let (ignored, _) = oneshot::channel();
-                let _ = commands.send(Command::RemoveExec(id, ignored)).await;
-            }
-            let _ = reply.send(started);
-        });
-    }
-
-    fn remove_exec(&mut self, id: &str, reply: Reply<()>) {
-        let (process, cgroup) = match self.execs.remove(id) {
-            Some(Exec::There(process, cgroup)) => (process, cgroup),
-            Some(Exec::Starting) => {
-                self.execs.insert(id.to_owned(), Exec::Unwanted(reply));
-                return;
-            }
-            unknown => {
-                // Somebody else is removing it already.
-                if let Some(unwanted) = unknown {
-                    self.execs.insert(id.to_owned(), unwanted);
-                }
-                let what = format!("no exec {id}");
-                return drop(reply.send(Err(ContainerError::NotFound(what))));
-            }
-        };
-        end_exec(process, cgroup, reply);
-    }
-
     fn endpoint(&self, exec: Option<&str>, which: Which) -> Result<Endpoint, ContainerError> {
         self.process(exec)?.endpoint(which).ok_or_else(|| {
             let stream = format!("{which:?}").to_lowercase();
@@ -545,68 +440,6 @@ impl Owner {
         let directories = self.directories.clone();
         off(move || remove(&cgroup, &directories)).await?
     }
-}
-
-/// Ends an exec with all it has started, and its group. What one that is over has left behind goes
-/// on: it may be a daemon.
-fn end_exec(process: Process, cgroup: Cgroup, reply: Reply<()>) {
-    let over = process.exit().borrow().is_some();
-    drop(process);
-    tokio::spawn(async move {
-        let mut killed = Ok(());
-        if !over {
-            killed = cgroup.kill();
-            process::emptied(&cgroup).await;
-        }
-        let _ = off(move || cgroup.dissolve()).await;
-        let _ = reply.send(killed.map_err(ContainerError::from));
-    });
-}
-
-/// An exec and what it needs of its container.
-struct Beside {
-    id: String,
-    process: spec::Process,
-    stdin: bool,
-    init: Arc<OwnedFd>,
-    cgroup: Cgroup,
-    image: String,
-    filter: Option<Filter>,
-}
-
-async fn execute(
-    beside: Beside,
-    surroundings: Surroundings,
-) -> Result<(Process, Held, Cgroup), ContainerError> {
-    let since = surroundings.reaper.now();
-    let (launched, cgroup) = off(move || -> Result<(Launched, Cgroup), ContainerError> {
-        let mut process = beside.process;
-        user::resolve(&mut process.user, &beside.image, true)?;
-        let cgroup = beside.cgroup.exec(&beside.id)?;
-        let launched = plan::exec(&process, &cgroup.path(), beside.filter)
-            .map_err(ContainerError::from)
-            .and_then(|plan| {
-                let init = Some(beside.init.as_fd());
-                Ok(launch::launch(&plan, init, beside.stdin)?)
-            });
-        match launched {
-            Ok(launched) => Ok((launched, cgroup)),
-            Err(error) => {
-                let _ = cgroup.kill();
-                cgroup.dissolve();
-                Err(error)
-            }
-        }
-    })
-    .await??;
-    let ending = Ending {
-        code: surroundings.reaper.exit(launched.pid, since),
-        cgroup: cgroup.clone(),
-        last: false,
-        attended: surroundings.attended,
-    };
-    let (process, held) = adopt(launched, ending)?;
-    Ok((process, held, cgroup))
 }
 
 /// Removes a container's group and directories; what is already gone is no error.

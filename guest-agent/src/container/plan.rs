@@ -1,5 +1,7 @@
 //! What the stage is to do, worked out of the specification before anything is done.
 
+mod refusal;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -170,69 +172,12 @@ fn invalid(field: impl Into<String>, what: impl Into<String>) -> PlanError {
     }
 }
 
-/// Fields that are refused as soon as they hold anything, and why.
-const REFUSED: [(&str, &str); 17] = [
-    (
-        "process.apparmorProfile",
-        "the guest has no AppArmor; its kernel is the confinement",
-    ),
-    (
-        "process.selinuxLabel",
-        "the guest has no SELinux; its kernel is the confinement",
-    ),
-    ("process.commandLine", "it is for Windows"),
-    ("process.scheduler", "scheduling policies are not set"),
-    ("process.ioPriority", "I/O priorities are not set"),
-    ("process.execCPUAffinity", "affinities are not set"),
-    ("domainname", "the pod's name is set by Prepare"),
-    (
-        "linux.rootfsPropagation",
-        "a container's mounts stay its own",
-    ),
-    ("linux.mountLabel", "the guest has no SELinux"),
-    (
-        "linux.cgroupsPath",
-        "a container's group is below the pod's, by its id",
-    ),
-    ("linux.timeOffsets", "time namespaces are not made"),
-    ("linux.intelRdt", "the guest has no cache to divide"),
-    (
-        "linux.personality",
-        "programs choose their execution domain themselves",
-    ),
-    (
-        "linux.netDevices",
-        "the pod's devices are set up by Prepare",
-    ),
-    ("linux.memoryPolicy", "the guest has one memory node"),
-    (
-        "linux.resources.network",
-        "cgroup v2 has no such controller",
-    ),
-    ("linux.resources.rdma", "the guest has no such devices"),
-];
-
 /// Reads a specification.
 pub fn read_spec(json: &[u8]) -> Result<Spec, PlanError> {
     let malformed = |error: serde_json::Error| PlanError::Malformed(error.to_string());
     let value: Value = serde_json::from_slice(json).map_err(malformed)?;
-    for (field, why) in REFUSED {
-        let pointer = format!("/{}", field.replace('.', "/"));
-        if value.pointer(&pointer).is_some_and(says_something) {
-            return Err(PlanError::Refused { field, why });
-        }
-    }
+    refusal::unread(&value)?;
     serde_json::from_value(value).map_err(malformed)
-}
-
-fn says_something(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::String(text) => !text.is_empty(),
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(fields) => !fields.is_empty(),
-        Value::Bool(true) | Value::Number(_) => true,
-    }
 }
 
 /// Whether a container has a PID namespace of its own, config-linux.md "Namespaces".
@@ -253,7 +198,7 @@ pub fn read_resources(json: &[u8]) -> Result<Resources, PlanError> {
 
 /// Plans a container.
 pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
-    refuse(spec)?;
+    refusal::unmade(spec)?;
     let process = spec
         .process
         .as_ref()
@@ -319,39 +264,6 @@ pub fn exec(process: &Process, cgroup: &str, filter: Option<Filter>) -> Result<P
         program: program(process)?,
         filter,
     })
-}
-
-fn refuse(spec: &Spec) -> Result<(), PlanError> {
-    let refused = |field, why| Err(PlanError::Refused { field, why });
-    if spec
-        .hooks
-        .iter()
-        .flatten()
-        .any(|(_, hooks)| hooks.as_array().is_none_or(|h| !h.is_empty()))
-    {
-        return refused("hooks", "programs of the host cannot run in the guest");
-    }
-    let Some(linux) = &spec.linux else {
-        return Ok(());
-    };
-    for namespace in &linux.namespaces {
-        if namespace.path.as_ref().is_some_and(|path| !path.is_empty()) {
-            return refused(
-                "linux.namespaces.path",
-                "a container joins its pod's namespaces only",
-            );
-        }
-        if matches!(namespace.kind.as_str(), "user" | "time") {
-            return refused("linux.namespaces", "user and time namespaces are not made");
-        }
-    }
-    if !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty() {
-        return refused("linux.uidMappings", "user namespaces are not made");
-    }
-    if !linux.sysctl.is_empty() {
-        return refused("linux.sysctl", "sysctls belong to the pod, see Prepare");
-    }
-    Ok(())
 }
 
 fn absolute(field: &str, path: &str) -> Result<(), PlanError> {
@@ -559,7 +471,7 @@ mod tests {
 
     #[test]
     fn a_field_that_is_not_carried_out_may_stay_empty() {
-        for (field, why) in REFUSED {
+        for (field, why) in refusal::REFUSED {
             let with = |value: Value| {
                 let mut spec = usual();
                 let path = format!("/{}", field.replace('.', "/"));
