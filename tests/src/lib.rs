@@ -20,6 +20,7 @@ pub mod node;
 pub mod registry;
 pub mod request;
 pub mod server;
+mod stall;
 pub mod suite;
 
 pub use cri::Cri;

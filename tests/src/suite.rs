@@ -6,8 +6,8 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Result, anyhow};
 use libtest_mimic::{Arguments, ColorSetting, Failed, Trial};
 
-use crate::Node;
 use crate::leak::Machine;
+use crate::{Node, stall};
 
 /// One behaviour.
 pub type Case = fn(&Node) -> Result<()>;
@@ -91,7 +91,8 @@ fn run_case(
         ))
     };
     let before = Machine::look(node).map_err(failed)?;
-    let result = case(node);
+    let result =
+        case(node).map_err(|error| anyhow!("{error:?}\n--- VMMs then:\n{}", stall::threads()));
     let left = node.clean().and_then(|()| before.settles_again(node));
     result.map_err(failed)?;
     left.map_err(failed)
