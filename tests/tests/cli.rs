@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::PodSandboxFilter;
-use bulkhead_tests::node::BASE;
+use bulkhead_tests::node::{BASE, WEB};
 use bulkhead_tests::request::sleeper;
 use bulkhead_tests::{Node, suite};
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,7 +22,9 @@ suite! {
     run_of_an_unknown_image_names_it,
     ps_lists_pods_and_containers,
     images_lists_images,
+    run_shows_on_a_terminal_how_a_pull_comes_along,
     doctor_finds_that_pods_can_run,
+    doctor_names_what_is_missing_and_what_to_do,
     wrong_configuration_is_named,
 }
 
@@ -86,6 +88,27 @@ fn run_brings_up_a_server_of_its_own(node: &Node) -> Result<()> {
     let done = output(node, &["run", &config, &image, "--", "cat", "/data/kept"])?;
     ensure!(done.status.success(), "{done:?}");
     ensure!(done.stdout == b"layer 1\n", "{done:?}");
+    Ok(())
+}
+
+fn run_shows_on_a_terminal_how_a_pull_comes_along(node: &Node) -> Result<()> {
+    let config = private_config(node)?;
+    let image = node.registry.name(WEB);
+    let line = format!(
+        "{} run {config} {image} -- /usr/bin/perl -e 0",
+        node.programs().join("bulkhead").display()
+    );
+    // Gives it a terminal and copies what that shows.
+    let done = Command::new("script")
+        .args(["--quiet", "--return", "--command", &line, "/dev/null"])
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .output()?;
+    let shown = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(shown.contains(&format!("Pulling {image}")), "{shown}");
+    let bar = |line: &str| line.contains('█') && line.contains(" of ") && line.contains("MiB");
+    ensure!(shown.lines().any(bar), "{shown}");
     Ok(())
 }
 
@@ -198,6 +221,41 @@ fn doctor_finds_that_pods_can_run(node: &Node) -> Result<()> {
     let stdout = String::from_utf8_lossy(&done.stdout);
     ensure!(done.status.success(), "{:?} {stdout}", done.status);
     ensure!(stdout.to_lowercase().contains("kvm"), "{stdout}");
+    Ok(())
+}
+
+/// On a machine that lacks nearly everything.
+fn doctor_names_what_is_missing_and_what_to_do(node: &Node) -> Result<()> {
+    let alone = node.scratch().join("alone");
+    fs::create_dir_all(&alone)?;
+    fs::copy(node.programs().join("bulkhead"), alone.join("bulkhead"))?;
+    // The pods' own programs go with /usr/sbin.
+    let line = "mount -t tmpfs none /dev && mount -t tmpfs none /sys/fs/cgroup &&
+        mount -t tmpfs none /usr/sbin && exec \"$0\" doctor";
+    let done = Command::new("unshare")
+        .args(["--mount", "sh", "-c", line])
+        .arg(alone.join("bulkhead"))
+        .output()?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.code() == Some(1), "{done:?}");
+    for (name, advice) in [
+        ("kvm device", "load the module"),
+        ("cgroups", "mount cgroup2"),
+        ("VMM and guest", "put bulkhead-vmm, vmlinux and initramfs"),
+        ("mke2fs", "apt install e2fsprogs"),
+        ("nft", "apt install nftables"),
+        ("pod network", "nf_tables"),
+    ] {
+        let mut lines = stdout.lines();
+        let failure = format!("FAIL  {name}: ");
+        let found = lines.any(|line| line.starts_with(&failure));
+        let said = lines.next().unwrap_or_default();
+        ensure!(found && said.contains(advice), "{name}: {stdout}");
+    }
+    ensure!(
+        stdout.contains("Pods cannot run on this machine"),
+        "{stdout}"
+    );
     Ok(())
 }
 

@@ -126,3 +126,57 @@ pub fn command(arguments: Arguments) -> Result<ExitCode> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn run(line: &str, limit: u64, transcript: &std::path::Path) -> Outcome {
+        let command = ["sh", "-c", line].map(str::to_owned);
+        let mut job = Job::new(command.to_vec()).unwrap();
+        job.time_limit = Duration::from_secs(limit);
+        job.memory = 512;
+        job.transcript = Some(transcript.to_owned());
+        job.environment = vec![("WORD".to_owned(), "it's".to_owned())];
+        job.run().unwrap()
+    }
+
+    fn machines() -> usize {
+        let name = format!("bulkhead-bed.{}", std::process::id());
+        assert!(!std::env::temp_dir().join(&name).exists());
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let lines = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+        lines
+            .filter(|line| String::from_utf8_lossy(line).contains(&name))
+            .count()
+    }
+
+    #[test]
+    #[ignore = "boots the bed, twice"]
+    fn a_command_is_run_and_bounded_and_leaves_nothing() {
+        let transcript = std::env::temp_dir().join(format!("bed-test.{}", std::process::id()));
+        let line = "echo $WORD; uname -r; ls Cargo.toml /dev/kvm; touch here; exit 7";
+        let outcome = run(line, 300, &transcript);
+        assert!(matches!(outcome, Outcome::Exited(7)));
+        let said = fs::read_to_string(&transcript).unwrap();
+        let said: Vec<&str> = said.lines().collect();
+        let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(
+            [said[0], said[2], said[3]],
+            ["it's", "/dev/kvm", "Cargo.toml"]
+        );
+        assert_ne!(said[1], host.trim());
+        assert!(!std::path::Path::new("here").exists());
+        assert_eq!(machines(), 0);
+
+        let Outcome::Failed(why) = run("echo up; sleep 3600", 30, &transcript) else {
+            panic!("an endless command ends");
+        };
+        assert!(why.starts_with("time limit of 30 s reached"), "{why}");
+        assert_eq!(fs::read_to_string(&transcript).unwrap(), "up\n");
+        assert_eq!(machines(), 0);
+        fs::remove_file(transcript).unwrap();
+    }
+}

@@ -50,6 +50,10 @@ pub fn command(arguments: &Arguments) -> Result<ExitCode> {
     }
     let assets = report.timed("test images", assets::prepare)?;
     let ground = arguments.ground.make(&directory)?;
+    if ground == Ground::Bed && !arguments.reference {
+        let (count, time) = measured(|| bed_tests(filter))?;
+        report.suite("the bed itself", time, count);
+    }
     let suite = EndToEnd {
         binaries: report.timed("build of the end-to-end tests", || {
             end_to_end_binaries(arguments.reference)
@@ -89,6 +93,14 @@ fn text(path: &Path) -> Result<String> {
         .to_owned())
 }
 
+/// What the bed does with a command, on this machine.
+fn bed_tests(filter: Option<&str>) -> Result<Count> {
+    eprintln!("test: the bed itself");
+    let mut command = cargo();
+    command.args(["test", "--package", "xtask", "--bins", "--"]);
+    counted(command.args(["--ignored"]).args(filter))
+}
+
 /// The tests inside the crates, on this machine.
 fn unit_tests(filter: Option<&str>) -> Result<Count> {
     eprintln!("test: unit tests");
@@ -102,12 +114,16 @@ fn unit_tests(filter: Option<&str>) -> Result<Count> {
     // The end-to-end crate's own modules are unit tests as well; its test binaries are not. What
     // holds the CRI's interface needs no machine.
     command.args(["--workspace", "--lib", "--bins", "--test", "services"]);
+    counted(command.args(filter))
+}
+
+/// Runs tests on this machine and counts them; a program that could not be made is one that failed.
+fn counted(command: &mut Command) -> Result<Count> {
     command
-        .args(filter)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .stdout(Stdio::piped());
-    let (status, words) = report::streamed(&mut command)?;
+    let (status, words) = report::streamed(command)?;
     let mut count = report::count(&words);
     if !status.success() && count.failed == 0 {
         count.failed = 1;
