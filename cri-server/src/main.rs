@@ -9,6 +9,7 @@ mod doctor;
 mod guest;
 mod image;
 mod network;
+mod numbers;
 mod pulls;
 mod sandbox;
 mod service;

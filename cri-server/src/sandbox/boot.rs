@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use super::host::{self, Host};
 use super::record::Record;
+use super::size::{Machine, Size};
 use super::state::PodState;
 use super::undo::{Step, Undo, UndoList};
 use super::{SandboxError, dns, limit, scratch};
@@ -74,6 +75,8 @@ impl Ground<'_> {
     pub async fn boot(&mut self, deadline: Deadline) -> Result<Live, SandboxError> {
         let begun = Instant::now();
         let id = self.record.id.clone();
+        let machine = blocking(Machine::look).await?;
+        let size = Size::of(&self.record.config, &self.host.config.vm, machine)?;
         self.before(Step::RunDirectory).await?;
         let run = self.host.run_directory(&id);
         blocking(move || make_directory(&run)).await?;
@@ -94,12 +97,13 @@ impl Ground<'_> {
         self.before(Step::Scratch).await?;
         let templates = self.host.templates();
         let path = self.host.scratch(&id);
-        let size = self.host.config.vm.scratch_mib;
-        let disk = blocking(move || Ok(scratch::make(&templates, &path, size)?)).await?;
+        let bound = self.host.config.vm.scratch_mib;
+        let disk = blocking(move || Ok(scratch::make(&templates, &path, bound)?)).await?;
 
-        self.record.memory_mib = Some(self.host.config.vm.memory_mib);
+        self.record.memory_mib = Some(size.memory_mib);
         self.before(Step::Vmm).await?;
-        let launch = self.launch(&network, taps, disk.into(), cgroup).await?;
+        let launch = self.launch(size, &network, taps, disk.into(), cgroup);
+        let launch = launch.await?;
         let (sender, streams) = mpsc::channel(vm::WAITING_STREAMS);
         let files = self.host.vm_files(&id);
         let launched = Instant::now();
@@ -120,6 +124,7 @@ impl Ground<'_> {
         live.or_died(prepared, || Stage::Prepare).await?;
         tracing::info!(
             sandbox = %id, kernel = %identity.kernel_release, agent = %identity.agent_version,
+            memory_mib = size.memory_mib, vcpus = size.vcpus,
             host_us = (launched - begun).as_micros(),
             guest_us = (answered - launched).as_micros(),
             prepare_us = answered.elapsed().as_micros(),
@@ -148,6 +153,7 @@ impl Ground<'_> {
 
     async fn launch(
         &self,
+        size: Size,
         network: &PodNetwork,
         taps: Vec<OwnedFd>,
         scratch: OwnedFd,
@@ -162,8 +168,8 @@ impl Ground<'_> {
             Ok((control, exit_record, messages, cgroup.procs()?))
         })
         .await?;
-        let size = u64::from(self.host.config.vm.scratch_mib) << 20;
-        let disk = OpenDevice::disk(scratch::SERIAL, false, vec![(scratch, 0, size)]);
+        let length = u64::from(self.host.config.vm.scratch_mib) << 20;
+        let disk = OpenDevice::disk(scratch::SERIAL, false, vec![(scratch, 0, length)]);
         let cards = network.interfaces.iter().zip(taps);
         let cards = cards.map(|(interface, tap)| {
             let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
@@ -176,8 +182,8 @@ impl Ground<'_> {
             kernel: artefacts.kernel,
             initramfs: Some(artefacts.initramfs),
             command_line: COMMAND_LINE.to_owned(),
-            memory_mib: self.host.config.vm.memory_mib,
-            vcpus: self.host.config.vm.vcpus,
+            memory_mib: size.memory_mib,
+            vcpus: size.vcpus,
             guest_cid: GUEST_CID,
             control,
             exit_record,

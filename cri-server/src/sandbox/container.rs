@@ -52,6 +52,11 @@ impl Owner {
         let reference = config.image.clone().unwrap_or_default().image;
         let image = image::resolve(&self.host.images, &reference).await?;
         let mut plan = spec::plan(&config, &self.record.config, &image.defaults)?;
+        let limits = config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.resources.as_ref());
+        self.fits_the_vm(&Default::default(), limits.unwrap_or(&Default::default()))?;
         if let Some(path) = plan.profile.take() {
             let read = path.clone();
             let text = blocking(move || Ok(seccomp::read(&read)?)).await?;

@@ -19,7 +19,7 @@ use crate::deadline::Deadline;
 /// few for each device.
 const PROCESSES: u64 = 512;
 /// The kernel's period for CPU quotas, in microseconds, where the request names none.
-const CPU_PERIOD: u64 = 100_000;
+pub const CPU_PERIOD: u64 = 100_000;
 
 impl Owner {
     /// Changes limits of a container that has not exited (CRI `UpdateContainerResources`).
@@ -107,8 +107,9 @@ impl Owner {
         Ok(())
     }
 
-    /// Refuses to raise a memory limit beyond the VM, whose memory stays what it was booted with.
-    fn fits_the_vm(
+    /// Refuses a memory limit beyond the VM, whose memory stays what it was booted with, unless it
+    /// is the `present` one.
+    pub(super) fn fits_the_vm(
         &self,
         present: &cri::LinuxContainerResources,
         asked: &cri::LinuxContainerResources,
@@ -125,11 +126,21 @@ fn beyond(
     asked: &cri::LinuxContainerResources,
     vm: u64,
 ) -> Option<SpecError> {
-    let limit = u64::try_from(asked.memory_limit_in_bytes).ok()?;
-    let same = asked.memory_limit_in_bytes == present.memory_limit_in_bytes;
-    (limit > vm && !same).then(|| SpecError::Unsupported {
-        field: "memory_limit_in_bytes",
-        reason: format!("{limit} bytes are more than the {vm} the pod's running VM has"),
+    let limit = |of: &cri::LinuxContainerResources| u64::try_from(of.memory_limit_in_bytes).ok();
+    let file = |of: &cri::LinuxContainerResources| of.unified.get("memory.max")?.parse().ok();
+    [
+        ("memory_limit_in_bytes", limit(present), limit(asked)),
+        ("unified memory.max", file(present), file(asked)),
+    ]
+    .into_iter()
+    .find_map(|(field, present, asked)| {
+        let asked: u64 = asked.filter(|asked| *asked > vm && present != Some(*asked))?;
+        let reason = format!(
+            "{asked} bytes are more than the {vm} of the pod's VM, which keeps the size it was \
+             started with; state the limit in linux.resources of the pod's configuration when it \
+             is run, or raise vm.memory_mib in this server's configuration"
+        );
+        Some(SpecError::Unsupported { field, reason })
     })
 }
 
@@ -222,11 +233,18 @@ mod tests {
         assert_eq!(beyond(&memory(1), &memory(100), 100), None);
         assert_eq!(beyond(&memory(200), &memory(200), 100), None);
         assert_eq!(beyond(&memory(1), &memory(-1), 100), None);
-        let refusal = beyond(&memory(1), &memory(101), 100).unwrap().to_string();
-        assert!(
-            refusal.contains("101") && refusal.contains("100"),
-            "{refusal}"
-        );
+        let file = |value: &str| Asked {
+            unified: [("memory.max".to_owned(), value.to_owned())].into(),
+            ..Asked::default()
+        };
+        assert_eq!(beyond(&memory(1), &file("max"), 100), None);
+        for asked in [memory(101), file("101")] {
+            let refusal = beyond(&memory(1), &asked, 100).unwrap().to_string();
+            assert!(
+                refusal.contains("101 bytes are more than the 100"),
+                "{refusal}"
+            );
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod owner;
 mod pod;
 mod record;
 mod scratch;
+mod size;
 mod state;
 mod undo;
 
