@@ -3,6 +3,9 @@
 //! Everything of a pod on the host (VMM, its threads, its file server) lives in this one cgroup,
 //! so its limits are the pod's and ending it ends the pod. Kernel: admin-guide/cgroup-v2.rst.
 
+mod cpuset;
+mod error;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek};
 use std::os::fd::OwnedFd;
@@ -11,6 +14,9 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+pub use cpuset::Places;
+pub use error::CgroupError;
 
 /// Where the host has its cgroups.
 const MOUNT: &str = "/sys/fs/cgroup";
@@ -22,58 +28,6 @@ const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 const DEFAULT_PARENT: &str = "/bulkhead";
 /// Deeper parents than this are a mistake or an attack.
 const DEPTH: usize = 32;
-
-/// Why a cgroup cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum CgroupError {
-    /// The host runs cgroup v1, or both.
-    #[error(
-        "this host's cgroups are {found}, not cgroup v2 alone; boot with \
-         systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on {MOUNT}"
-    )]
-    NotUnified {
-        /// What is there.
-        found: &'static str,
-    },
-    /// The host lacks controllers.
-    #[error(
-        "the cgroup controllers {} are missing at {}; enable them in the kernel \
-         (a cgroup_disable= on its command line switches them off)",
-        .missing.join(", "), .path.display()
-    )]
-    Controllers {
-        /// Those that are needed and not there.
-        missing: Vec<&'static str>,
-        /// The cgroup that should have them.
-        path: PathBuf,
-    },
-    /// The request's parent is not a cgroup's name.
-    #[error("cgroup parent `{parent}` is not usable: {reason}")]
-    Parent {
-        /// As asked for.
-        parent: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// The kernel refused a step.
-    #[error("cgroup {}: cannot {step}: {source}", .path.display())]
-    Step {
-        /// The cgroup or its file.
-        path: PathBuf,
-        /// What was tried.
-        step: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Processes survived their end.
-    #[error("cgroup {} still has processes {:?} s after they were killed", .path.display(), .waited.as_secs())]
-    Busy {
-        /// The cgroup.
-        path: PathBuf,
-        /// How long its end was awaited.
-        waited: Duration,
-    },
-}
 
 /// The host's cgroup v2 hierarchy.
 #[derive(Debug, Clone)]
@@ -108,7 +62,7 @@ impl Hierarchy {
             root: root.to_owned(),
             controllers,
         };
-        hierarchy.offered(root)?;
+        hierarchy.offered(root, controllers)?;
         Ok(hierarchy)
     }
 
@@ -146,10 +100,9 @@ impl Hierarchy {
     }
 
     /// Checks that the cgroup at `path` could hand its children what they need.
-    fn offered(&self, path: &Path) -> Result<(), CgroupError> {
+    fn offered(&self, path: &Path, controllers: &[&'static str]) -> Result<(), CgroupError> {
         let offered = read(&path.join("cgroup.controllers"))?;
-        let missing: Vec<&str> = self
-            .controllers
+        let missing: Vec<&str> = controllers
             .iter()
             .copied()
             .filter(|controller| !offered.split_whitespace().any(|word| word == *controller))
@@ -227,7 +180,7 @@ impl PodCgroup {
     fn descend(&self) -> Result<(), CgroupError> {
         let mut path = self.hierarchy.root.clone();
         for name in &self.names {
-            self.hand_down(&path)?;
+            self.hand_down(&path, self.hierarchy.controllers)?;
             path.push(name);
             match fs::DirBuilder::new().mode(0o755).create(&path) {
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => {
@@ -243,13 +196,11 @@ impl PodCgroup {
         Ok(())
     }
 
-    /// Lets the children of the cgroup at `path` have the controllers.
-    fn hand_down(&self, path: &Path) -> Result<(), CgroupError> {
+    /// Lets the children of the cgroup at `path` have `controllers`.
+    fn hand_down(&self, path: &Path, controllers: &[&'static str]) -> Result<(), CgroupError> {
         let file = path.join("cgroup.subtree_control");
         let enabled = read(&file)?;
-        let wanted: Vec<String> = self
-            .hierarchy
-            .controllers
+        let wanted: Vec<String> = controllers
             .iter()
             .filter(|controller| !enabled.split_whitespace().any(|word| word == **controller))
             .map(|controller| format!("+{controller}"))
@@ -257,7 +208,7 @@ impl PodCgroup {
         if wanted.is_empty() {
             return Ok(());
         }
-        self.hierarchy.offered(path)?;
+        self.hierarchy.offered(path, controllers)?;
         let step = "hand controllers down (a cgroup with processes of its own cannot)";
         write(&file, step, &wanted.join(" "))
     }

@@ -33,6 +33,21 @@ impl Numbers {
     pub fn count(&self) -> usize {
         self.0.len()
     }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes in those of `other`.
+    pub fn add(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    /// Whether `other` has all of them.
+    pub fn within(&self, other: &Self) -> bool {
+        self.0.is_subset(&other.0)
+    }
 }
 
 fn number(text: &str) -> Option<u32> {
@@ -105,5 +120,14 @@ mod tests {
             let refusal = Numbers::parse(list).unwrap_err();
             assert!(refusal.contains(part), "{list}: {refusal}");
         }
+    }
+
+    #[test]
+    fn sets_are_united_and_compared() {
+        let mut all = numbers("0-1");
+        all.add(numbers("4"));
+        assert_eq!(all, numbers("0,1,4"));
+        assert!(numbers("1,4").within(&all) && !numbers("2").within(&all));
+        assert!(Numbers::default().within(&all));
     }
 }

@@ -30,9 +30,10 @@ const OCI: [(&str, &str); 5] = [
 ];
 
 /// Messages of the CRI that have a table.
-const CRI: [&str; 5] = [
+const CRI: [&str; 6] = [
     "ContainerConfig",
     "LinuxContainerConfig",
+    "LinuxContainerResources",
     "LinuxContainerSecurityContext",
     "LinuxPodSandboxConfig",
     "LinuxSandboxSecurityContext",

@@ -178,17 +178,48 @@ fn limits_without_sense_are_refused_by_name(node: &Node) -> Result<()> {
 
 fn huge_pages_are_refused_by_name(node: &Node) -> Result<()> {
     let pod = node.pod("huge")?;
-    let asked = limits(|limits| {
-        limits.hugepage_limits = vec![HugepageLimit {
-            page_size: "2MB".to_owned(),
-            limit: 4 << 20,
-        }];
-    });
-    let message = refused_with(&pod, &node.base()?, asked)?;
-    ensure!(
-        message.contains("hugepage_limits") && message.contains("2MB"),
-        "{message}"
-    );
+    let image = node.base()?;
+    let id = pod.start(&sleeper("small", &image))?;
+    let pages = |size: &str, limit: u64| {
+        limits(|limits| {
+            limits.hugepage_limits = vec![HugepageLimit {
+                page_size: size.to_owned(),
+                limit,
+            }];
+        })
+    };
+    let asked = [
+        (pages("2MB", 4 << 20), "hugepage_limits", "2MB"),
+        (pages("1GB", 1 << 30), "hugepage_limits", "1GB"),
+        (
+            unified(&[("hugetlb.2MB.max", "4194304")]),
+            "unified",
+            "hugetlb.2MB.max",
+        ),
+        (
+            unified(&[("hugetlb.1GB.rsvd.max", "1073741824")]),
+            "unified",
+            "hugetlb.1GB.rsvd.max",
+        ),
+    ];
+    for (limits, field, what) in asked {
+        let answers = [
+            refused_with(&pod, &image, limits.clone())?,
+            refused(update(pod.cri, &id, &limits), &[Code::InvalidArgument])?,
+            refused(
+                update_pod(pod.cri, &pod.id, &limits),
+                &[Code::InvalidArgument],
+            )?,
+        ];
+        for message in answers {
+            ensure!(
+                message.contains(field) && message.contains(what),
+                "{message}"
+            );
+        }
+    }
+    // None of them is what the kubelet asks for where a container wants none.
+    update(pod.cri, &id, &pages("2MB", 0))?;
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use oci_spec::runtime::{
 };
 
 use super::spec::SpecError;
+use crate::numbers::Numbers;
 
 /// What the kernel takes as a period, in microseconds (sched/core.c, `tg_set_cfs_bandwidth`).
 const PERIODS: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
@@ -31,6 +32,26 @@ pub fn change(
     Ok((whole, translate(asked)?))
 }
 
+/// Refuses by name what only a container can be limited by.
+pub fn check_pod(limits: &cri::LinuxContainerResources) -> Result<(), SpecError> {
+    for (field, numbers) in [
+        ("linux.resources.cpuset_cpus", &limits.cpuset_cpus),
+        ("linux.resources.cpuset_mems", &limits.cpuset_mems),
+    ] {
+        if !numbers.is_empty() {
+            let reason = format!("a pod's containers say where it runs, not the pod ({numbers})");
+            return Err(SpecError::Unsupported { field, reason });
+        }
+    }
+    if limits.oom_score_adj != 0 {
+        return Err(SpecError::Unsupported {
+            field: "linux.resources.oom_score_adj",
+            reason: format!("a pod has no process of its own ({})", limits.oom_score_adj),
+        });
+    }
+    Ok(())
+}
+
 /// Those of a pod's limits that its guest keeps; its CPU time is the host's to limit.
 pub fn of_pod(mut limits: LinuxResources) -> LinuxResources {
     limits.set_cpu(None);
@@ -48,8 +69,8 @@ fn translate(asked: &cri::LinuxContainerResources) -> Result<LinuxResources, Spe
     if asked.cpu_period > 0 {
         cpu.set_period(Some(asked.cpu_period.unsigned_abs()));
     }
-    // The host's CPU numbers mean nothing in the guest, whose vCPUs the pod has to itself:
-    // cpuset_cpus and cpuset_mems are left to the pod's cgroup on the host.
+    // cpuset_cpus and cpuset_mems are numbers of the host and mean nothing in the guest: they
+    // apply to its VM.
     let mut memory = LinuxMemory::default();
     if asked.memory_limit_in_bytes != 0 {
         memory.set_limit(Some(asked.memory_limit_in_bytes.max(-1)));
@@ -109,11 +130,29 @@ fn check(whole: &cri::LinuxContainerResources) -> Result<(), SpecError> {
         let reason = format!("{both} counts memory too, whose limit is {memory}");
         return Err(invalid("memory_swap_limit_in_bytes", reason));
     }
+    for (field, list) in [
+        ("cpuset_cpus", &whole.cpuset_cpus),
+        ("cpuset_mems", &whole.cpuset_mems),
+    ] {
+        Numbers::parse(list).map_err(|reason| invalid(field, reason))?;
+    }
+    let files = &mut whole.unified.iter();
+    if let Some((file, value)) = files.find(|(file, value)| needs_huge_pages(file, value)) {
+        return Err(SpecError::Unsupported {
+            field: "unified",
+            reason: format!("{file} is {value}, and the guest has no huge pages reserved"),
+        });
+    }
     if !(-1000..=1000).contains(&whole.oom_score_adj) {
         let reason = format!("{} is not within -1000 and 1000", whole.oom_score_adj);
         return Err(invalid("oom_score_adj", reason));
     }
     Ok(())
+}
+
+/// Whether a file of the guest's cgroup grants huge pages, other than by not limiting them.
+fn needs_huge_pages(file: &str, value: &str) -> bool {
+    file.starts_with("hugetlb.") && !matches!(value.trim(), "0" | "max")
 }
 
 /// `asked` over `present`; what is zero, empty or absent leaves the old value.
@@ -244,7 +283,7 @@ mod tests {
     #[test]
     fn values_without_sense_are_refused_by_the_name_of_their_field() {
         type Set = fn(&mut Asked);
-        let table: [(&str, Set); 9] = [
+        let table: [(&str, Set); 12] = [
             ("cpu_shares", |a| a.cpu_shares = -1),
             ("cpu_period", |a| a.cpu_period = -1),
             ("cpu_period", |a| a.cpu_period = 999),
@@ -257,14 +296,38 @@ mod tests {
                 (a.memory_limit_in_bytes, a.memory_swap_limit_in_bytes) = (2, 1);
             }),
             ("oom_score_adj", |a| a.oom_score_adj = 1001),
+            ("cpuset_cpus", |a| a.cpuset_cpus = "0-".into()),
+            ("cpuset_mems", |a| a.cpuset_mems = "node0".into()),
             ("hugepage_limits", |a| {
                 a.hugepage_limits = pages("2MB", 2 << 20);
+            }),
+            ("unified", |a| {
+                a.unified = [("hugetlb.2MB.max".to_owned(), "2097152".to_owned())].into();
             }),
         ];
         for (field, set) in table {
             let refusal = limits(&asked(set)).unwrap_err().to_string();
             assert!(refusal.starts_with(field), "{refusal}");
         }
+    }
+
+    #[test]
+    fn a_pod_is_not_limited_by_what_is_its_containers() {
+        type Set = fn(&mut Asked);
+        let table: [(&str, Set); 3] = [
+            ("linux.resources.cpuset_cpus", |a| {
+                a.cpuset_cpus = "1".into()
+            }),
+            ("linux.resources.cpuset_mems", |a| {
+                a.cpuset_mems = "0".into()
+            }),
+            ("linux.resources.oom_score_adj", |a| a.oom_score_adj = 1),
+        ];
+        for (field, set) in table {
+            let refusal = check_pod(&asked(set)).unwrap_err().to_string();
+            assert!(refusal.starts_with(field), "{refusal}");
+        }
+        assert_eq!(check_pod(&asked(|a| a.memory_limit_in_bytes = 1)), Ok(()));
     }
 
     #[test]

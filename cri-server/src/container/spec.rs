@@ -108,6 +108,7 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
         return Err(unsupported("port_mappings.host_port", reason));
     }
     for limits in linux.resources.iter().chain(&linux.overhead) {
+        resource::check_pod(limits)?;
         resource::limits(limits)?;
     }
     for (name, value) in &linux.sysctls {

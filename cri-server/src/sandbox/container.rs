@@ -52,11 +52,9 @@ impl Owner {
         let reference = config.image.clone().unwrap_or_default().image;
         let image = image::resolve(&self.host.images, &reference).await?;
         let mut plan = spec::plan(&config, &self.record.config, &image.defaults)?;
-        let limits = config
-            .linux
-            .as_ref()
-            .and_then(|linux| linux.resources.as_ref());
-        self.fits_the_vm(&Default::default(), limits.unwrap_or(&Default::default()))?;
+        let linux = config.linux.clone().unwrap_or_default();
+        let limits = linux.resources.unwrap_or_default();
+        self.fits_the_vm(&Default::default(), &limits)?;
         if let Some(path) = plan.profile.take() {
             let read = path.clone();
             let text = blocking(move || Ok(seccomp::read(&read)?)).await?;
@@ -95,6 +93,7 @@ impl Owner {
             log_path,
             state: ContainerState::Creating,
         };
+        self.place(&id, &limits).await?;
         self.record.containers.insert(id.clone(), container);
         self.host.records.save(&self.record).await?;
         match live.guest.create_container(request, deadline).await {
@@ -120,6 +119,7 @@ impl Owner {
             Err(error) => {
                 forget(&live, &id).await;
                 self.record.containers.remove(&id);
+                self.place_again().await;
                 self.commit().await;
                 Err(error.into())
             }
@@ -284,6 +284,7 @@ impl Owner {
                 ContainerState::Created | ContainerState::Exited(_) => {}
             }
         }
+        self.place_again().await;
         let images: Vec<String> = self.record.disks.keys().cloned().collect();
         for image in images {
             match image::keep_again(&self.host.images, &image).await {
@@ -320,6 +321,7 @@ impl Owner {
         }
         let image_id = container.image_id.clone();
         self.record.containers.remove(id);
+        self.place_again().await;
         self.detach(&image_id).await;
         self.commit().await;
         Ok(())

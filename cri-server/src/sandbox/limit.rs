@@ -49,7 +49,11 @@ impl Owner {
         self.fits_the_vm(&present, asked)?;
         let score = i32::try_from(asked.oom_score_adj).ok();
         let score = score.filter(|score| *score != 0);
-        self.update_guest(id, &changed, score, deadline).await?;
+        self.place(id, &whole).await?;
+        if let Err(error) = self.update_guest(id, &changed, score, deadline).await {
+            self.place_again().await;
+            return Err(error);
+        }
         if let Some(container) = self.record.containers.get_mut(id) {
             container.config.linux.get_or_insert_default().resources = Some(whole);
             if score.is_some() {
@@ -68,6 +72,8 @@ impl Owner {
         deadline: Deadline,
     ) -> Result<(), SandboxError> {
         self.live()?;
+        resource::check_pod(asked)?;
+        resource::check_pod(overhead)?;
         let mut config = self.record.config.clone();
         let linux = config.linux.get_or_insert_default();
         let present = linux.resources.take().unwrap_or_default();

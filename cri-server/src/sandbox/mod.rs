@@ -9,6 +9,7 @@ mod host;
 mod image;
 mod limit;
 mod owner;
+mod place;
 mod pod;
 mod record;
 mod scratch;

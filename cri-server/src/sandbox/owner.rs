@@ -330,6 +330,7 @@ impl Owner {
                 container.state.lose(host::now(), message);
             }
         }
+        self.place_again().await;
         self.commit().await;
     }
 

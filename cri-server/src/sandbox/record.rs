@@ -140,6 +140,23 @@ impl Container {
     pub fn is_known(&self) -> bool {
         self.state != ContainerState::Creating
     }
+
+    /// One to test with.
+    #[cfg(test)]
+    pub fn sample(id: &str, config: cri::ContainerConfig, state: ContainerState) -> Self {
+        Self {
+            id: id.to_owned(),
+            created_at: 1,
+            config,
+            image_id: "sha256:1".into(),
+            image_ref: "r@sha256:2".into(),
+            process: Process::default(),
+            stop_signal: 15,
+            user: None,
+            log_path: Some("/log/0.log".into()),
+            state,
+        }
+    }
 }
 
 /// Why a record cannot be kept or read.
@@ -357,21 +374,14 @@ mod tests {
             labels: [("app".to_owned(), "web".to_owned())].into(),
             ..Default::default()
         };
-        let container = Container {
-            id: "c".into(),
-            created_at: 1,
-            config: cri::ContainerConfig {
+        let container = Container::sample(
+            "c",
+            cri::ContainerConfig {
                 log_path: "0.log".into(),
                 ..Default::default()
             },
-            image_id: "sha256:1".into(),
-            image_ref: "r@sha256:2".into(),
-            process: Process::default(),
-            stop_signal: 15,
-            user: None,
-            log_path: Some("/log/0.log".into()),
-            state: ContainerState::Running { started_at: 2 },
-        };
+            ContainerState::Running { started_at: 2 },
+        );
         Record {
             version: VERSION,
             id: id.into(),

@@ -2,6 +2,7 @@
 
 use tonic::{Code, Status};
 
+use crate::cgroup::CgroupError;
 use crate::container::exec::ExecError;
 use crate::container::file::FileError;
 use crate::container::spec::SpecError;
@@ -52,6 +53,7 @@ fn code(error: &SandboxError) -> Code {
         SandboxError::Gone(_) => Code::NotFound,
         // Not Unimplemented: clients take that for the call itself and never try it again.
         SandboxError::Spec(SpecError::Invalid { .. } | SpecError::Unsupported { .. })
+        | SandboxError::Cgroup(CgroupError::Places { .. })
         | SandboxError::Mount(FileError::Read { .. } | FileError::Unsupported { .. }) => {
             Code::InvalidArgument
         }
