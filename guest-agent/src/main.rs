@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         eprintln!("bulkhead-agent is the first process of a Bulkhead guest; it does nothing here");
         return ExitCode::FAILURE;
     }
+    sys::use_one_heap();
     match boot::boot().and_then(|boot| Ok(control::run(boot)?)) {
         Ok(never) => match never {},
         Err(error) => {

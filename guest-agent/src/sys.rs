@@ -103,6 +103,13 @@ pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register(descriptor) }?)
 }
 
+/// Has all threads of this process allocate from one heap, made before the first of them. With one
+/// for each, as is usual, what lives long is spread over all, and none of them can shrink.
+pub fn use_one_heap() {
+    // SAFETY: sets a number of the allocator's; no other thread is there to use it meanwhile.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Blocks SIGCHLD in this and all later threads and returns a descriptor that tells of it.
 pub fn watch_children() -> io::Result<OwnedFd> {
     // SAFETY: `set` is initialised by sigemptyset before use; the descriptor is new and ours.
