@@ -22,6 +22,7 @@ pub mod request;
 pub mod server;
 mod stall;
 pub mod suite;
+pub mod usage;
 
 pub use cri::Cri;
 pub use node::Node;

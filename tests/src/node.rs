@@ -26,9 +26,19 @@ const ASSETS: &str = "BULKHEAD_TEST_ASSETS";
 /// `reference` to test the reference.
 const RUNTIME: &str = "BULKHEAD_TEST_RUNTIME";
 
+/// By how much a soak multiplies the counts.
+const FACTOR: &str = "BULKHEAD_TEST_FACTOR";
+
 /// Whether the reference is what is tested.
 pub fn is_reference() -> bool {
     std::env::var_os(RUNTIME).is_some_and(|value| value == "reference")
+}
+
+/// How often to do what is to be done `count` times: so many times more in a soak.
+pub fn counted(count: u32) -> u32 {
+    let factor = std::env::var(FACTOR).ok();
+    let factor = factor.and_then(|factor| factor.parse().ok()).unwrap_or(1);
+    count.saturating_mul(factor)
 }
 
 /// The machine.

@@ -27,7 +27,6 @@ suite! {
     exec_ends_with_its_container,
     exec_of_what_is_no_program_names_it,
     many_execs_run_at_once,
-    execs_leave_nothing_in_the_guest,
 }
 
 /// Looks again and again until the container's processes are as wanted.
@@ -289,33 +288,4 @@ fn many_execs_run_at_once(node: &Node) -> Result<()> {
         }
         Ok(())
     })
-}
-
-fn execs_leave_nothing_in_the_guest(node: &Node) -> Result<()> {
-    let cri = node.cri()?;
-    let pod = node.pod("exec-leak")?;
-    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
-    // Of the whole guest: kB of anonymous memory, open files, groups below the container's.
-    let look = || -> Result<(u64, u64, u64)> {
-        let line = "sleep 1; awk '/^AnonPages/ { print $2 }' /proc/meminfo;
-            awk '{ print $1 }' /proc/sys/fs/file-nr;
-            awk '/^nr_descendants/ { print $2 }' /sys/fs/cgroup/cgroup.stat";
-        let said = cri.shell(&id, line)?;
-        let mut numbers = said.lines().map(str::parse);
-        let mut next = || anyhow::Ok(numbers.next().with_context(|| said.clone())??);
-        Ok((next()?, next()?, next()?))
-    };
-    let run = |times: usize| (0..times).try_for_each(|_| cri.shell(&id, "echo again").map(drop));
-    // One that leaves a daemon behind leaves no group for it.
-    cri.shell(&id, "setsid sleep 7605 >/dev/null 2>&1 &")?;
-    run(20)?;
-    let before = look()?;
-    run(100)?;
-    let after = look()?;
-    let seen = format!("{before:?}, then {after:?}");
-    ensure!(after.0 < before.0 + 256, "memory: {seen}");
-    ensure!(after.1 < before.1 + 64, "open files: {seen}");
-    // That of the look itself.
-    ensure!(after.2 <= 1, "cgroups: {seen}");
-    Ok(())
 }

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
-use bulkhead_tests::node::is_reference;
 use bulkhead_tests::request::{Pod, container, pod_security, resources, shell, sleeper};
+use bulkhead_tests::usage::Usage;
 use bulkhead_tests::{Cri, Node, suite};
 
 suite! {
@@ -15,59 +15,6 @@ suite! {
     container_without_stdio_runs_to_its_end,
     fork_bomb_leaves_its_neighbours_alone,
     memory_hog_leaves_its_neighbours_alone,
-}
-
-/// What the agent says it takes of its guest. Absent from the reference, which has none.
-#[derive(Debug)]
-struct Usage(serde_json::Value);
-
-impl Usage {
-    fn of(pod: &Pod<'_>) -> Result<Option<Self>> {
-        if is_reference() {
-            return Ok(None);
-        }
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            verbose: true,
-        };
-        let info = pod.cri.pod_sandbox_status(request)?.info;
-        let agent = info.get("agent").context("the status has no agent")?;
-        Ok(Some(Self(serde_json::from_str(agent)?)))
-    }
-
-    fn number(&self, name: &str) -> Result<u64> {
-        self.0[name].as_u64().context(name.to_owned())
-    }
-}
-
-/// The agent remembers so much at most of what it has answered, and its threads their stacks.
-const ROOM: u64 = 192 << 10;
-
-/// Waits until the agent takes no more of its guest than before; what has just ended may still be
-/// on its way out.
-fn settles(pod: &Pod<'_>, before: &Option<Usage>) -> Result<()> {
-    let Some(before) = before else {
-        return Ok(());
-    };
-    let mut last = None;
-    for _ in 0..100 {
-        let now = Usage::of(pod)?.context("no usage")?;
-        let mut grown = Vec::new();
-        for name in ["descriptors", "mounts", "cgroups", "processes", "zombies"] {
-            if now.number(name)? > before.number(name)? {
-                grown.push(name);
-            }
-        }
-        if now.number("memoryBytes")? > before.number("memoryBytes")? + ROOM {
-            grown.push("memoryBytes");
-        }
-        if grown.is_empty() {
-            return Ok(());
-        }
-        last = Some((grown, now));
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    anyhow::bail!("{last:?}, before: {before:?}")
 }
 
 fn exec_works(cri: &Cri, id: &str) -> Result<()> {
@@ -141,13 +88,13 @@ fn zombies_of_execs_are_reaped(node: &Node) -> Result<()> {
     let pod = node.pod("zombies")?;
     let id = pod.start(&sleeper("sleeper", &node.base()?))?;
     exec_works(pod.cri, &id)?;
-    let before = Usage::of(&pod)?;
+    let before = Usage::settled(&pod)?;
     // Each leaves children whose parent has ended.
     for _ in 0..10 {
         pod.cri
             .shell(&id, "for i in 1 2 3; do (sleep 0.1 &) ; done")?;
     }
-    settles(&pod, &before)
+    Usage::returns_to(&before, &pod)
 }
 
 fn container_that_kills_all_it_can_harms_nobody(node: &Node) -> Result<()> {

@@ -41,6 +41,8 @@ enum Task {
     Bed(bed::Arguments),
     /// Build everything, then run all tests, where they can run
     Test(suites::Arguments),
+    /// Restart containers and run commands very often, and see that nothing grows
+    Soak(suites::Soak),
     /// Run a real image as a pod in a virtual machine
     Demo(demo::Arguments),
     /// Measure, and print the figures as a table
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Task::Kernel(arguments) => kernel::command(&arguments),
         Task::Bed(arguments) => bed::command(arguments),
         Task::Test(arguments) => suites::command(&arguments),
+        Task::Soak(arguments) => suites::soak(&arguments),
         Task::Demo(arguments) => demo::command(&arguments),
         Task::Bench(arguments) => bench::command(&arguments),
     };

@@ -34,6 +34,19 @@ pub struct Arguments {
     filter: Option<String>,
 }
 
+/// Arguments of `cargo xtask soak`.
+#[derive(Args)]
+pub struct Soak {
+    #[command(flatten)]
+    ground: ground::Choice,
+    /// How many times as often as in the tests
+    #[arg(long, default_value_t = 10)]
+    times: u32,
+}
+
+/// The suite that a soak runs.
+const SOAKED: &str = "cri_growth";
+
 /// `cargo xtask test`.
 pub fn command(arguments: &Arguments) -> Result<ExitCode> {
     let mut report = Report::default();
@@ -54,30 +67,56 @@ pub fn command(arguments: &Arguments) -> Result<ExitCode> {
         let (count, time) = measured(|| bed_tests(filter))?;
         report.suite("the bed itself", time, count);
     }
+    let runtime = if arguments.reference {
+        "reference"
+    } else {
+        "bulkhead"
+    };
     let suite = EndToEnd {
         binaries: report.timed("build of the end-to-end tests", || {
             end_to_end_binaries(arguments.reference)
         })?,
-        environment: vec![
-            ("BULKHEAD_BIN_DIR".to_owned(), text(&directory)?),
-            ("BULKHEAD_TEST_ASSETS".to_owned(), text(&assets)?),
-            (
-                "BULKHEAD_TEST_RUNTIME".to_owned(),
-                if arguments.reference {
-                    "reference"
-                } else {
-                    "bulkhead"
-                }
-                .to_owned(),
-            ),
-            // Pods share the host's network and cgroup roots: one test at a time.
-            ("RUST_TEST_THREADS".to_owned(), "1".to_owned()),
-        ],
+        environment: environment(&directory, &assets, runtime)?,
         filter,
     };
     let (count, time) = measured(|| suite.run(ground))?;
     report.suite("end to end", time, count);
     Ok(report.close())
+}
+
+/// `cargo xtask soak`: what the tests do many times, many times as often.
+pub fn soak(arguments: &Soak) -> Result<ExitCode> {
+    let mut report = Report::default();
+    let directory = report.timed("build", || artefacts::build(Profile::Release, None))?;
+    packages::install("the soak", assets::PACKAGES)?;
+    let assets = report.timed("test images", assets::prepare)?;
+    let ground = arguments.ground.make(&directory)?;
+    let mut environment = environment(&directory, &assets, "bulkhead")?;
+    environment.push((
+        "BULKHEAD_TEST_FACTOR".to_owned(),
+        arguments.times.to_string(),
+    ));
+    let suite = EndToEnd {
+        binaries: report.timed("build of the soak", || {
+            compiled(&["--package", "bulkhead-tests", "--test", SOAKED], "")
+        })?,
+        environment,
+        filter: None,
+    };
+    let (count, time) = measured(|| suite.run(ground))?;
+    report.suite("soak", time, count);
+    Ok(report.close())
+}
+
+/// What the end-to-end tests are told of what was built in `directory`.
+fn environment(directory: &Path, assets: &Path, runtime: &str) -> Result<Vec<(String, String)>> {
+    Ok(vec![
+        ("BULKHEAD_BIN_DIR".to_owned(), text(directory)?),
+        ("BULKHEAD_TEST_ASSETS".to_owned(), text(assets)?),
+        ("BULKHEAD_TEST_RUNTIME".to_owned(), runtime.to_owned()),
+        // Pods share the host's network and cgroup roots: one test at a time.
+        ("RUST_TEST_THREADS".to_owned(), "1".to_owned()),
+    ])
 }
 
 fn measured<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
