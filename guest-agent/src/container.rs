@@ -1,9 +1,11 @@
 //! Containers: from an OCI runtime specification to processes.
 
+pub mod apart;
 mod capability;
 pub mod cgroup;
 pub mod device;
 mod launch;
+pub mod mapping;
 mod message;
 mod option;
 mod owner;

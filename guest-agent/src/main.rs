@@ -22,11 +22,14 @@ use std::process::ExitCode;
 const STAGE: &str = "stage";
 /// As [`STAGE`], for the first process of a shared PID namespace.
 const PAUSE: &str = "pause";
+/// As [`STAGE`], for the process that makes the namespaces of a pod with user ids of its own.
+const APART: &str = "apart";
 
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some(STAGE) => return container::stage::main(),
         Some(PAUSE) => return container::pause::main(),
+        Some(APART) => return container::apart::main(),
         _ => {}
     }
     if std::process::id() != 1 {

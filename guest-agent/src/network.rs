@@ -4,7 +4,7 @@ mod netlink;
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use bulkhead_agent_api::v1::Interface;
 use rustix::net::netlink::SocketAddrNetlink;
@@ -43,8 +43,26 @@ pub enum NetworkError {
     },
 }
 
-/// Sets up one interface: name, MTU, addresses, routes.
-pub fn configure(interface: &Interface) -> Result<(), NetworkError> {
+/// Names one interface and moves it to another network namespace, to be configured there.
+pub fn hand_over(interface: &Interface, to: BorrowedFd<'_>) -> Result<(), NetworkError> {
+    check(interface)?;
+    let index = find(interface)?;
+    let change = LinkChange {
+        name: Some(&interface.name),
+        namespace: Some(to.as_raw_fd()),
+        ..LinkChange::default()
+    };
+    Socket::open()
+        .and_then(|socket| socket.ask(netlink::change_link(index, change)))
+        .map_err(|source| NetworkError::Refused {
+            interface: interface.name.clone(),
+            what: "move it to the pod's network namespace".into(),
+            source,
+        })
+}
+
+/// Sets up one interface: name, MTU, addresses, routes. One that was handed over has its name.
+pub fn configure(interface: &Interface, handed_over: bool) -> Result<(), NetworkError> {
     check(interface)?;
     let name = interface.name.as_str();
     let refused = |what: String| {
@@ -54,13 +72,18 @@ pub fn configure(interface: &Interface) -> Result<(), NetworkError> {
             source,
         }
     };
-    let index = find(interface)?;
     let socket = Socket::open().map_err(refused("open a netlink socket".into()))?;
+    // /sys shows the devices of the guest's first network namespace.
+    let index = match handed_over {
+        true => rustix::net::netdevice::name_to_index(&socket.socket, name)
+            .map_err(|error| refused("find it".into())(error.into()))?,
+        false => find(interface)?,
+    };
     // A link can be renamed only while it is down, which it is after boot.
     let change = LinkChange {
         name: Some(name),
         mtu: (interface.mtu > 0).then_some(interface.mtu),
-        up: false,
+        ..LinkChange::default()
     };
     socket
         .ask(netlink::change_link(index, change))
@@ -252,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_missing_device_is_named_by_its_mac() {
-        let error = configure(&interface()).unwrap_err().to_string();
+        let error = configure(&interface(), false).unwrap_err().to_string();
         assert!(error.contains("02:00:00:00:00:01"), "{error}");
     }
 }

@@ -1,9 +1,11 @@
 //! The pod's own state: what Prepare sets up, the containers, and the end of all.
 
+mod prepare;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -14,15 +16,17 @@ use bulkhead_agent_api::{Greeting, Purpose, Secret};
 use rustix::time::{ClockId, Timespec};
 use tokio::sync::{OnceCell, watch};
 
+use crate::container::apart::Apart;
+use crate::container::mapping::Mapping;
 use crate::container::plan::{self, Place, Places};
 use crate::container::spec::{Resources, Spec};
 use crate::container::{
-    self, Cgroup, Container, ContainerError, Endpoint, NewContainer, PlanError, Surroundings,
-    device, off, pause, user,
+    self, Cgroup, Container, ContainerError, Endpoint, LaunchError, NewContainer, PlanError,
+    Surroundings, device, off, pause, user,
 };
 use crate::dial::Dialer;
 use crate::disk::{DiskError, Disks, SCRATCH};
-use crate::network::{self, NetworkError};
+use crate::network::NetworkError;
 use crate::reap::Reaper;
 
 /// Where files made for containers lie, by container.
@@ -66,6 +70,12 @@ pub enum SandboxError {
     Container(#[from] ContainerError),
 }
 
+impl From<LaunchError> for SandboxError {
+    fn from(error: LaunchError) -> Self {
+        Self::Container(error.into())
+    }
+}
+
 fn step<T, E: Into<io::Error>>(what: &str, done: Result<T, E>) -> Result<T, SandboxError> {
     done.map_err(|source| SandboxError::Step {
         what: what.to_owned(),
@@ -83,6 +93,8 @@ pub fn now_nanoseconds() -> i64 {
 #[derive(Debug)]
 struct Prepared {
     resolv_conf: String,
+    /// The pod's own namespaces, if it has any.
+    apart: Option<Arc<Apart>>,
     /// The PID namespace of the containers that make none of their own.
     pids: OnceCell<Arc<OwnedFd>>,
 }
@@ -154,7 +166,7 @@ impl Sandbox {
             limit_pod(limits).await?;
         }
         let shared_pids = request.shared_pid_namespace;
-        let prepared = off(move || prepare(request)).await??;
+        let prepared = off(move || prepare::prepare(request)).await??;
         if shared_pids {
             prepared.pids().await?;
         }
@@ -240,8 +252,9 @@ impl Sandbox {
             target => Some(self.container(target)?.init().await?),
         };
         let resolv_conf = prepared.resolv_conf.clone();
+        let apart = prepared.apart.clone();
         let (new, created) =
-            off(move || set_out(request, spec, image, pids, &resolv_conf)).await??;
+            off(move || set_out(request, spec, image, apart, pids, &resolv_conf)).await??;
         let (cgroup, directories) = (new.cgroup.clone(), new.directories.clone());
         match Container::create(new, self.surroundings.clone()).await {
             Ok((container, pid)) => Ok((container, Created { pid, ..created })),
@@ -345,72 +358,6 @@ pub fn set_time(nanoseconds: i64) -> Result<(), SandboxError> {
     )
 }
 
-fn prepare(request: PrepareRequest) -> Result<Prepared, SandboxError> {
-    if request.wall_clock_nanoseconds != 0 {
-        set_time(request.wall_clock_nanoseconds)?;
-    }
-    if !request.entropy.is_empty() {
-        let device = step("open /dev/urandom", fs::File::open("/dev/urandom"))?;
-        let fed = crate::sys::feed_random(device.as_fd(), &request.entropy);
-        step("feed the random generator", fed)?;
-    }
-    if !request.hostname.is_empty() {
-        let set = rustix::system::sethostname(request.hostname.as_bytes());
-        step(&format!("set the hostname {:?}", request.hostname), set)?;
-    }
-    for (name, value) in &request.sysctls {
-        set_sysctl(name, value)?;
-    }
-    for interface in &request.interfaces {
-        network::configure(interface)?;
-    }
-    if !request.resolv_conf.is_empty() {
-        step(
-            "write /etc/resolv.conf",
-            fs::write("/etc/resolv.conf", &request.resolv_conf),
-        )?;
-    }
-    if request.shm_bytes != 0 {
-        let options = std::ffi::CString::new(format!("mode=1777,size={}", request.shm_bytes));
-        let options = step("size /dev/shm", options.map_err(io::Error::from))?;
-        let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV;
-        let sized = rustix::mount::mount_remount("/dev/shm", flags, options.as_c_str());
-        step("size /dev/shm", sized)?;
-    }
-    Ok(Prepared {
-        resolv_conf: request.resolv_conf,
-        pids: OnceCell::new(),
-    })
-}
-
-/// A sysctl's name is a path below /proc/sys, with dots or, as sysctl(8) allows, slashes.
-fn set_sysctl(name: &str, value: &str) -> Result<(), SandboxError> {
-    let path = sysctl_path(name)
-        .ok_or_else(|| SandboxError::Invalid(format!("sysctl {name:?} is no sysctl's name")))?;
-    match fs::write(&path, value) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SandboxError::Invalid(
-            format!("sysctl {name} does not exist in the guest"),
-        )),
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(SandboxError::Invalid(
-            format!("sysctl {name} does not take {value:?}"),
-        )),
-        done => step(&format!("set the sysctl {name}"), done),
-    }
-}
-
-fn sysctl_path(name: &str) -> Option<String> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '/' | '_' | '-');
-    let relative = if name.contains('/') {
-        name.to_owned()
-    } else {
-        name.replace('.', "/")
-    };
-    let sound = relative
-        .split('/')
-        .all(|part| !part.is_empty() && part != ".." && part != ".");
-    (sound && name.chars().all(plain)).then(|| format!("/proc/sys/{relative}"))
-}
-
 /// Makes sure that an id can be a file's name, whatever it is told to be (`what`).
 pub fn check_id(what: &str, id: &str) -> Result<(), SandboxError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -429,6 +376,7 @@ fn set_out(
     request: CreateContainerRequest,
     mut spec: Spec,
     image: String,
+    apart: Option<Arc<Apart>>,
     pids: Option<Arc<OwnedFd>>,
     resolv_conf: &str,
 ) -> Result<(NewContainer, Created), SandboxError> {
@@ -463,6 +411,7 @@ fn set_out(
             .map(|(at, file)| (file.path.clone(), format!("{home}/{at}"), file.read_only))
             .collect(),
         shared_pids: pids.is_some(),
+        mapping: apart.as_ref().map(|apart| apart.mapping.clone()),
     };
     // All that can be wrong with the request comes before anything is made.
     let plan = plan::container(&spec, &places).map_err(ContainerError::from)?;
@@ -486,7 +435,8 @@ fn set_out(
         "confine the container's devices",
         device::confine(&cgroup.path(), &rules),
     );
-    if let Err(error) = confined.and_then(|()| write_files(&home, &files)) {
+    if let Err(error) = confined.and_then(|()| write_files(&home, &files, places.mapping.as_ref()))
+    {
         let _ = container::remove(&cgroup, &directories);
         return Err(error);
     }
@@ -495,6 +445,7 @@ fn set_out(
         plan,
         cgroup,
         image,
+        apart,
         pids,
         stdin: request.stdin,
         directories,
@@ -502,7 +453,7 @@ fn set_out(
     Ok((new, created))
 }
 
-fn write_files(home: &str, files: &[File]) -> Result<(), SandboxError> {
+fn write_files(home: &str, files: &[File], mapping: Option<&Mapping>) -> Result<(), SandboxError> {
     step("make a directory for files", fs::create_dir_all(home))?;
     for (at, file) in files.iter().enumerate() {
         if file.content.len() > LARGEST_FILE {
@@ -518,6 +469,14 @@ fn write_files(home: &str, files: &[File]) -> Result<(), SandboxError> {
         let written =
             fs::write(&path, &file.content).and_then(|()| fs::set_permissions(&path, mode));
         step(&format!("write {}", file.path), written)?;
+        if let Some(mapping) = mapping {
+            let root = (Some(mapping.user(0)), Some(mapping.group(0)));
+            let given = std::os::unix::fs::chown(&path, root.0, root.1);
+            step(
+                &format!("give {} to the container's root", file.path),
+                given,
+            )?;
+        }
     }
     Ok(())
 }
@@ -525,20 +484,6 @@ fn write_files(home: &str, files: &[File]) -> Result<(), SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_sysctl_names_a_file_below_proc_sys_only() {
-        let path = |name| sysctl_path(name);
-        assert_eq!(
-            path("net.core.somaxconn").as_deref(),
-            Some("/proc/sys/net/core/somaxconn")
-        );
-        let dotted = "net/ipv4/conf/eth0.1/forwarding";
-        assert_eq!(path(dotted), Some(format!("/proc/sys/{dotted}")));
-        for name in ["", "net..core", "../../etc/passwd", "net/../x", "a b"] {
-            assert_eq!(path(name), None, "{name}");
-        }
-    }
 
     #[test]
     fn a_container_id_is_one_directory() {

@@ -173,6 +173,47 @@ pub fn set_mount_attributes(
         propagation,
         userns_fd: 0,
     };
+    change_mount(mount, recursive, attributes)
+}
+
+/// Has a mount that is not in place yet show the ids of a user namespace: what belongs to 0 on the
+/// file system belongs to the namespace's root.
+pub fn map_mount_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(user_namespace.as_raw_fd()).unwrap_or(u64::MAX),
+    };
+    change_mount(mount, false, attributes)
+}
+
+/// Has what this thread makes belong to others, without losing a capability by it.
+pub fn make_files_of(user: u32, group: u32) -> io::Result<()> {
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: plain calls; the ids are this thread's own.
+    unsafe {
+        checked(libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0).into())?;
+        // They answer the old ids, also when they fail.
+        libc::setfsuid(user);
+        libc::setfsgid(group);
+    }
+    Ok(())
+}
+
+/// Has this thread, and no other, act as `user`.
+pub fn act_as(user: u32) -> io::Result<()> {
+    const SAME: libc::c_long = -1;
+    // SAFETY: a plain call; not the library's, which would change all threads.
+    checked(unsafe { libc::syscall(libc::SYS_setresuid, SAME, libc::c_long::from(user), SAME) })
+        .map(drop)
+}
+
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attributes: libc::mount_attr,
+) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: `attributes` and the empty path outlive the call; its size is given.
     checked(unsafe {

@@ -11,3 +11,4 @@ pub mod resource;
 pub mod seccomp;
 pub mod signal;
 pub mod spec;
+pub mod users;

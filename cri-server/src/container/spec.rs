@@ -14,7 +14,7 @@ use oci_spec::runtime::{
 
 use super::mount::HostFile;
 use super::seccomp::{self, Asked};
-use super::{capability, device, mount, resource};
+use super::{capability, device, mount, resource, users};
 
 /// Where programs are looked for when nobody says (OCI image specification, and every runtime).
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -147,14 +147,7 @@ fn check_namespaces(options: &cri::NamespaceOption) -> Result<(), SpecError> {
     if options.ipc() == cri::NamespaceMode::Node {
         return Err(unsupported("namespace_options.ipc NODE (hostIPC)", host));
     }
-    let user = options.userns_options.as_ref();
-    if user.is_some_and(|user| user.mode() == cri::NamespaceMode::Pod) {
-        return Err(unsupported(
-            "namespace_options.userns_options",
-            "the pod's network, IPC and host name are the guest's own and obey its first user \
-             namespace only; the guest's root is not the host's, so leave the mode at NODE",
-        ));
-    }
+    users::ranges(Some(options))?;
     Ok(())
 }
 
@@ -252,6 +245,11 @@ fn check_container(
     if let Some(options) = &security.namespace_options {
         check_namespaces(options)?;
     }
+    let own = security.namespace_options.as_ref();
+    let linux = pod.linux.as_ref();
+    let of_pod = linux.and_then(|linux| linux.security_context.as_ref());
+    let of_pod = of_pod.and_then(|security| security.namespace_options.as_ref());
+    users::check_container(container, own, of_pod)?;
     if container.windows.is_some() {
         return Err(unsupported("windows", "containers are Linux"));
     }

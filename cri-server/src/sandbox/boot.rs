@@ -19,6 +19,7 @@ use super::state::PodState;
 use super::undo::{Step, Undo, UndoList};
 use super::{SandboxError, dns, limit, scratch};
 use crate::cgroup::PodCgroup;
+use crate::container::users;
 use crate::deadline::Deadline;
 use crate::guest::{Guest, GuestError};
 use crate::network::PodNetwork;
@@ -199,6 +200,7 @@ impl Ground<'_> {
         let linux = config.linux.clone().unwrap_or_default();
         let security = linux.security_context.unwrap_or_default();
         let namespaces = security.namespace_options.unwrap_or_default();
+        let (users, groups) = users::ranges(Some(&namespaces))?;
         let entropy = host::random()?;
         Ok(v1::PrepareRequest {
             operation_id: "prepare".to_owned(),
@@ -212,6 +214,8 @@ impl Ground<'_> {
             shm_bytes: 0,
             shared_pid_namespace: namespaces.pid() == cri::NamespaceMode::Pod,
             resources: limit::in_guest(config)?,
+            users: users.into_iter().map(id_mapping).collect(),
+            groups: groups.into_iter().map(id_mapping).collect(),
         })
     }
 }
@@ -295,6 +299,14 @@ impl Live {
                 })
             }
         }
+    }
+}
+
+fn id_mapping(range: cri::IdMapping) -> v1::IdMapping {
+    v1::IdMapping {
+        container_id: range.container_id,
+        host_id: range.host_id,
+        length: range.length,
     }
 }
 

@@ -126,7 +126,10 @@ impl RuntimeService for Runtime {
         ];
         let handler = |name: &str| cri::RuntimeHandler {
             name: name.to_owned(),
-            features: Some(cri::RuntimeHandlerFeatures::default()),
+            features: Some(cri::RuntimeHandlerFeatures {
+                user_namespaces: true,
+                ..Default::default()
+            }),
         };
         let mut info = HashMap::new();
         if request.get_ref().verbose {

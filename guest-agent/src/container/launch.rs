@@ -10,6 +10,7 @@ use rustix::fs::MemfdFlags;
 use rustix::net::sockopt::Timeout;
 use rustix::process::{Pid, PidfdFlags};
 
+use crate::container::apart::Apart;
 use crate::container::message::{self, Message};
 use crate::container::plan::Plan;
 
@@ -80,6 +81,7 @@ pub enum Ends {
 /// Starts a process as planned, up to its exec. Blocks.
 pub fn launch(
     plan: &Plan,
+    apart: Option<&Apart>,
     other: Option<BorrowedFd<'_>>,
     stdin: bool,
 ) -> Result<Launched, LaunchError> {
@@ -92,6 +94,7 @@ pub fn launch(
     let theirs = pipes.iter().flat_map(|(_, theirs)| theirs);
     let mut with = vec![paper.as_fd()];
     with.extend(theirs.map(AsFd::as_fd));
+    with.extend(apart.iter().flat_map(|apart| apart.descriptors()));
     with.extend(other);
     step(
         "send the plan",

@@ -10,7 +10,7 @@ use rustix::net::{
 };
 
 /// Most descriptors of a message.
-const DESCRIPTORS: usize = 8;
+const DESCRIPTORS: usize = 12;
 /// Longest text of a failure, in bytes.
 const LONGEST: usize = 4096;
 
@@ -18,14 +18,15 @@ const LONGEST: usize = 4096;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
     /// To the stage, with descriptors: the plan; stdin, stdout, stderr unless the plan calls for
-    /// a terminal; and that of a namespace or process when the plan calls for one.
+    /// a terminal; the pod's namespaces of user, network, IPC and host name when the plan has a
+    /// mapping of ids; and that of a namespace or process when the plan calls for one.
     Plan,
     /// From the stage: the process that will be the container's.
     Process(i32),
     /// From that process: all is ready but its exec. With the master of its terminal, if it has
     /// one.
     Ready,
-    /// To it: exec.
+    /// To it: exec; to the process that makes a user namespace: its ids are there.
     Go,
     /// From either, before it ends. The text is a whole sentence.
     Failed(String),

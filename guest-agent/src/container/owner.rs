@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::container::ContainerError;
+use crate::container::apart::Apart;
 use crate::container::cgroup::Cgroup;
 use crate::container::launch::{self, Held, LaunchError, Launched};
 use crate::container::plan::Plan;
@@ -104,6 +105,8 @@ pub struct NewContainer {
     pub cgroup: Cgroup,
     /// Its image's directory in the guest.
     pub image: String,
+    /// The pod's own namespaces, if it has any.
+    pub apart: Option<Arc<Apart>>,
     /// The pod's PID namespace, when it is shared.
     pub pids: Option<Arc<OwnedFd>>,
     /// Whether stdin stays open.
@@ -134,14 +137,18 @@ impl Container {
             plan,
             cgroup,
             image,
+            apart,
             pids,
             stdin,
             directories,
         } = new;
         let filter = plan.filter.clone();
-        let launched =
-            off(move || launch::launch(&plan, pids.as_ref().map(|pids| pids.as_fd()), stdin))
-                .await??;
+        let with = apart.clone();
+        let launched = off(move || {
+            let pids = pids.as_ref().map(|pids| pids.as_fd());
+            launch::launch(&plan, with.as_deref(), pids, stdin)
+        })
+        .await??;
         let code = surroundings.reaper.exit(launched.pid, since);
         let ending = Ending {
             code,
@@ -157,6 +164,7 @@ impl Container {
             cgroup,
             image,
             filter,
+            apart,
             directories,
             surroundings,
             commands: commands.downgrade(),
@@ -269,6 +277,8 @@ struct Owner {
     cgroup: Cgroup,
     image: String,
     filter: Option<Filter>,
+    /// The pod's own namespaces, if it has any.
+    apart: Option<Arc<Apart>>,
     directories: Vec<String>,
     surroundings: Surroundings,
     /// To hear of its own tasks; not counted, so that the last user's going ends the owner.

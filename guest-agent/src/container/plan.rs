@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::container::capability;
 use crate::container::device::{self, Node};
+use crate::container::mapping::Mapping;
 use crate::container::option::{self, MountOptions};
 use crate::container::seccomp::{self, Filter};
 use crate::container::spec::{Mount, Process, Resources, Spec};
@@ -52,6 +53,8 @@ pub struct Plan {
     pub program: Program,
     /// Which system calls may be made, besides the filter that every container has.
     pub filter: Option<Filter>,
+    /// The ids of the pod's user namespace, if it has one.
+    pub mapping: Option<Mapping>,
 }
 
 /// Where a process is to live.
@@ -163,6 +166,8 @@ pub struct Places {
     pub files: Vec<(String, String, bool)>,
     /// Whether to join a PID namespace that is there.
     pub shared_pids: bool,
+    /// The ids of the pod's user namespace, if it has one.
+    pub mapping: Option<Mapping>,
 }
 
 fn invalid(field: impl Into<String>, what: impl Into<String>) -> PlanError {
@@ -217,7 +222,7 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
         absolute("linux.maskedPaths and readonlyPaths", path)?;
     }
     let devices = linux.map(|linux| device::nodes(&linux.devices));
-    let devices = devices.transpose()?.unwrap_or_default();
+    let mut devices = devices.transpose()?.unwrap_or_default();
     let mut mounts = spec
         .mounts
         .iter()
@@ -234,8 +239,20 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
             options: MountOptions::file(*read_only),
         });
     }
+    if let Some(mapping) = &places.mapping {
+        for mounting in &mut mounts {
+            if let Source::FileSystem { .. } = mounting.source {
+                let data = &mut mounting.options.data;
+                *data = data.iter().map(|option| mapping.option(option)).collect();
+            }
+        }
+        for node in &mut devices {
+            (node.uid, node.gid) = (mapping.user(node.uid), mapping.group(node.gid));
+        }
+    }
     Ok(Plan {
         cgroup: places.cgroup.clone(),
+        mapping: places.mapping.clone(),
         place: Place::New {
             shared_pids: places.shared_pids,
             tree: Box::new(Tree {
@@ -248,7 +265,7 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
                 devices,
             }),
         },
-        program: program(process)?,
+        program: program(process, places.mapping.as_ref())?,
         filter: linux
             .and_then(|linux| linux.seccomp.as_ref())
             .map(seccomp::filter)
@@ -257,12 +274,18 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
 }
 
 /// Plans a further process of a container, under the container's filter.
-pub fn exec(process: &Process, cgroup: &str, filter: Option<Filter>) -> Result<Plan, PlanError> {
+pub fn exec(
+    process: &Process,
+    cgroup: &str,
+    filter: Option<Filter>,
+    mapping: Option<&Mapping>,
+) -> Result<Plan, PlanError> {
     Ok(Plan {
         cgroup: cgroup.to_owned(),
         place: Place::Beside,
-        program: program(process)?,
+        program: program(process, mapping)?,
         filter,
+        mapping: mapping.cloned(),
     })
 }
 
@@ -281,7 +304,7 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(PlanError::Refused {
             field: "mounts.uidMappings",
-            why: "user namespaces are not made",
+            why: "the ids are the pod's, which Prepare maps",
         });
     }
     let target = mount.destination.trim_end_matches('/').to_owned();
@@ -331,7 +354,21 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
     })
 }
 
-fn program(process: &Process) -> Result<Program, PlanError> {
+fn program(process: &Process, mapping: Option<&Mapping>) -> Result<Program, PlanError> {
+    if let Some(mapping) = mapping {
+        let user = &process.user;
+        let mut groups = user.additional_gids.iter().chain([&user.gid]);
+        let stranger = groups.find(|gid| !mapping.has_group(**gid));
+        let what = match stranger {
+            _ if !mapping.has_user(user.uid) => Some(format!("user {}", user.uid)),
+            Some(gid) => Some(format!("group {gid}")),
+            None => None,
+        };
+        if let Some(what) = what {
+            let what = format!("{what} is not in the ranges of the pod's user namespace");
+            return Err(invalid("process.user", what));
+        }
+    }
     if process.args.first().is_none_or(String::is_empty) {
         return Err(invalid("process.args", "names no program"));
     }
@@ -404,6 +441,7 @@ mod tests {
             scratch: "/scratch".into(),
             files: vec![("/etc/hosts".into(), "/files/0".into(), true)],
             shared_pids: false,
+            mapping: None,
         }
     }
 

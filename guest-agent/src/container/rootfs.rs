@@ -45,11 +45,23 @@ const LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Makes the tree and makes it this process's root.
-pub fn enter(tree: &Tree, directory: &str) -> Result<(), TreeError> {
+/// Where an image is mounted with the ids of a user namespace.
+const MAPPED: &str = "/run/bulkhead/image";
+
+/// Makes the tree and makes it this process's root. `users` is the user namespace whose ids the
+/// image's files have; what is made besides is this process's.
+pub fn enter(tree: &Tree, directory: &str, users: Option<BorrowedFd<'_>>) -> Result<(), TreeError> {
     mount::make_private().map_err(cannot("leave the guest's mounts"))?;
     device::make_nodes(NODES, &tree.devices).map_err(cannot("make device nodes"))?;
-    let overlay = overlay(tree)?;
+    let lower = match users {
+        Some(users) => {
+            map_image(&tree.lower, users)
+                .map_err(cannot("mount the image with the pod's user ids"))?;
+            MAPPED
+        }
+        None => &tree.lower,
+    };
+    let overlay = overlay(lower, &tree.scratch)?;
     // The devices' nodes must be reachable until they are bound, so the old root stays until the
     // tree is done.
     fs::create_dir_all(PLACE).map_err(cannot("make the root's mount point"))?;
@@ -86,19 +98,27 @@ pub fn enter(tree: &Tree, directory: &str) -> Result<(), TreeError> {
     pivot(&root).map_err(cannot("change the root"))
 }
 
-fn overlay(tree: &Tree) -> Result<OwnedFd, TreeError> {
+fn map_image(lower: &str, users: BorrowedFd<'_>) -> io::Result<()> {
+    let image = mount::bind(lower, false)?;
+    crate::sys::map_mount_ids(image.as_fd(), users)?;
+    fs::create_dir_all(MAPPED)?;
+    let place = rustix::fs::open(MAPPED, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    mount::attach(image.as_fd(), place.as_fd())
+}
+
+fn overlay(lower: &str, scratch: &str) -> Result<OwnedFd, TreeError> {
     for name in ["upper", "work"] {
-        let path = format!("{}/{name}", tree.scratch);
+        let path = format!("{scratch}/{name}");
         fs::create_dir_all(&path).map_err(cannot(format!("make {path}")))?;
     }
     // The root directory itself looks as the image's.
-    let upper = format!("{}/upper", tree.scratch);
-    copy_owner(Path::new(&tree.lower), Path::new(&upper))
-        .map_err(cannot(format!("take the owner of {}", tree.lower)))?;
+    let upper = format!("{scratch}/upper");
+    copy_owner(Path::new(lower), Path::new(&upper))
+        .map_err(cannot(format!("take the owner of {lower}")))?;
     let options = [
-        format!("lowerdir={}", tree.lower),
+        format!("lowerdir={lower}"),
         format!("upperdir={upper}"),
-        format!("workdir={}/work", tree.scratch),
+        format!("workdir={scratch}/work"),
     ];
     mount::file_system("overlay", Some("overlay"), &options, NO_DEV)
         .map_err(cannot("lay the container's changes over its image"))

@@ -5,8 +5,8 @@
 //! 1. receive the plan; join the cgroup; join or make the PID namespace;
 //! 2. fork: the first process tells the child's number and ends, so that the child falls to
 //!    PID 1, which is the agent;
-//! 3. the child makes or joins the other namespaces, makes the root, takes on user, limits and
-//!    capabilities, says that it is ready and waits;
+//! 3. the child makes or joins the other namespaces, makes the root, enters the pod's user
+//!    namespace, takes on user, limits and capabilities, says that it is ready and waits;
 //! 4. when told to, it puts the filters on and execs the program; a failure is told, a success
 //!    closes the socket.
 
@@ -67,6 +67,8 @@ struct Given {
     plan: Plan,
     /// `None`: a terminal is to be made.
     pipes: Option<[OwnedFd; 3]>,
+    /// The user namespace to end in, and those of network, IPC and host name to join.
+    apart: Option<[OwnedFd; 4]>,
     /// A PID namespace or a process to join.
     other: Option<OwnedFd>,
 }
@@ -88,6 +90,16 @@ fn run(socket: BorrowedFd<'_>) -> Result<(), StageError> {
     )?;
     let procs = format!("{}/cgroup.procs", given.plan.cgroup);
     step("join the container's cgroup", fs::write(procs, "0"))?;
+    if let Some([_, network, ipc, uts]) = &given.apart {
+        for (namespace, kind) in [
+            (network, libc::CLONE_NEWNET),
+            (ipc, libc::CLONE_NEWIPC),
+            (uts, libc::CLONE_NEWUTS),
+        ] {
+            let joined = sys::enter(namespace.as_fd(), kind);
+            step("join the pod's namespaces", joined)?;
+        }
+    }
     let other = given.other.as_ref().map(AsFd::as_fd);
     match (&given.plan.place, other) {
         (
@@ -147,22 +159,37 @@ fn receive(socket: BorrowedFd<'_>) -> Result<Given, StageError> {
         None => Some([next()?, next()?, next()?]),
         Some(_) => None,
     };
+    let apart = match plan.mapping {
+        Some(_) => Some([next()?, next()?, next()?, next()?]),
+        None => None,
+    };
     Ok(Given {
         plan,
         pipes,
+        apart,
         other: descriptors.next(),
     })
 }
 
 fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError> {
-    let Given { plan, pipes, other } = given;
+    let Given {
+        plan,
+        pipes,
+        apart,
+        other,
+    } = given;
     let program = &plan.program;
     drop(other);
+    let users = apart.as_ref().map(|[users, ..]| users.as_fd());
     step("begin a session", rustix::process::setsid())?;
     if let Place::New { tree, .. } = &plan.place {
         let own = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP;
         step("make namespaces", sys::unshare(own))?;
-        rootfs::enter(tree, &program.directory)?;
+        if let Some(mapping) = &plan.mapping {
+            let made = sys::make_files_of(mapping.user(0), mapping.group(0));
+            step("make files of the container's root", made)?;
+        }
+        rootfs::enter(tree, &program.directory, users)?;
     }
     enter_directory(&program.directory)?;
     let terminal = match program.terminal {
@@ -173,8 +200,8 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
         step("make /dev/console", terminal.show_as_console())?;
     }
     match (&terminal, &pipes) {
-        (Some(terminal), _) => take_stdio([&terminal.slave; 3], program)?,
-        (None, Some([stdin, stdout, stderr])) => take_stdio([stdin, stdout, stderr], program)?,
+        (Some(terminal), _) => take_stdio([&terminal.slave; 3], &plan)?,
+        (None, Some([stdin, stdout, stderr])) => take_stdio([stdin, stdout, stderr], &plan)?,
         (None, None) => return Err(StageError::Program("a descriptor is missing".into())),
     }
     for (resource, soft, hard) in &program.limits {
@@ -182,6 +209,17 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
     }
     // For a process that is told none.
     let home = user::home("/", program.uid).unwrap_or_else(|| "/".into());
+    if let Some(users) = users {
+        // Last of the namespaces: what is made until here needs the guest's root. Those of mounts
+        // and cgroups once more, so that they are the user namespace's and its root may use them.
+        let mut again = libc::CLONE_NEWCGROUP;
+        if let Place::New { .. } = &plan.place {
+            again |= libc::CLONE_NEWNS;
+        }
+        let entered = sys::enter(users, libc::CLONE_NEWUSER).and_then(|()| sys::unshare(again));
+        step("enter the pod's user namespace", entered)?;
+    }
+    drop(apart);
     take_user(program)?;
     let master: Vec<_> = terminal.iter().map(|both| both.master.as_fd()).collect();
     step(
@@ -215,12 +253,17 @@ fn enter_directory(directory: &str) -> Result<(), StageError> {
 
 /// Pipes and terminal become the user's own, so that it can open /dev/stdout again. A terminal
 /// keeps its group, which is the devpts's choice.
-fn take_stdio(stdio: [&OwnedFd; 3], program: &Program) -> Result<(), StageError> {
-    let owner = Some(Uid::from_raw(program.uid));
+fn take_stdio(stdio: [&OwnedFd; 3], plan: &Plan) -> Result<(), StageError> {
+    let program = &plan.program;
+    let (uid, gid) = match &plan.mapping {
+        Some(mapping) => (mapping.user(program.uid), mapping.group(program.gid)),
+        None => (program.uid, program.gid),
+    };
+    let owner = Some(Uid::from_raw(uid));
     for end in stdio {
         let kind = step("look at stdio", rustix::fs::fstat(end))?.st_mode;
         let group = match rustix::fs::FileType::from_raw_mode(kind) {
-            rustix::fs::FileType::Fifo => Some(Gid::from_raw(program.gid)),
+            rustix::fs::FileType::Fifo => Some(Gid::from_raw(gid)),
             _ if program.terminal.is_some() => None,
             // /dev/null, which is everybody's.
             _ => continue,

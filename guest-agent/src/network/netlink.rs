@@ -54,6 +54,8 @@ pub struct LinkChange<'a> {
     pub mtu: Option<u32>,
     /// Sets IFF_UP.
     pub up: bool,
+    /// IFLA_NET_NS_FD: to where it moves.
+    pub namespace: Option<i32>,
 }
 
 /// RTM_NEWLINK of an existing link.
@@ -71,6 +73,9 @@ pub fn change_link(index: u32, change: LinkChange<'_>) -> Vec<u8> {
         let mut name = name.as_bytes().to_vec();
         name.push(0);
         message = message.attribute(3, &name);
+    }
+    if let Some(namespace) = change.namespace {
+        message = message.attribute(28, &namespace.to_ne_bytes());
     }
     message.finish()
 }
@@ -148,6 +153,7 @@ mod tests {
             name: Some("eth0"),
             mtu: Some(1450),
             up: true,
+            namespace: None,
         };
         let bytes = change_link(2, change);
         #[rustfmt::skip]

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::{Command, NewExec, Owner, Reply, State, Surroundings, adopt, off};
 use crate::container::ContainerError;
+use crate::container::apart::Apart;
 use crate::container::cgroup::Cgroup;
 use crate::container::launch::{self, Held, Launched};
 use crate::container::plan;
@@ -51,6 +52,7 @@ impl Owner {
             cgroup: self.cgroup.clone(),
             image: self.image.clone(),
             filter: self.filter.clone(),
+            apart: self.apart.clone(),
         };
         let surroundings = self.surroundings.clone();
         let commands = self.commands.clone();
@@ -151,6 +153,7 @@ struct Beside {
     cgroup: Cgroup,
     image: String,
     filter: Option<Filter>,
+    apart: Option<Arc<Apart>>,
 }
 
 async fn execute(
@@ -162,11 +165,13 @@ async fn execute(
         let mut process = beside.process;
         user::resolve(&mut process.user, &beside.image, true)?;
         let cgroup = beside.cgroup.exec(&beside.id)?;
-        let launched = plan::exec(&process, &cgroup.path(), beside.filter)
+        let apart = beside.apart.as_deref();
+        let mapping = apart.map(|apart| &apart.mapping);
+        let launched = plan::exec(&process, &cgroup.path(), beside.filter, mapping)
             .map_err(ContainerError::from)
             .and_then(|plan| {
                 let init = Some(beside.init.as_fd());
-                Ok(launch::launch(&plan, init, beside.stdin)?)
+                Ok(launch::launch(&plan, apart, init, beside.stdin)?)
             });
         match launched {
             Ok(launched) => Ok((launched, cgroup)),

@@ -90,11 +90,17 @@ pub fn unmade(spec: &Spec) -> Result<(), PlanError> {
             );
         }
         if matches!(namespace.kind.as_str(), "user" | "time") {
-            return refused("linux.namespaces", "user and time namespaces are not made");
+            return refused(
+                "linux.namespaces",
+                "a container makes no user or time namespace: the pod's is Prepare's",
+            );
         }
     }
     if !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty() {
-        return refused("linux.uidMappings", "user namespaces are not made");
+        return refused(
+            "linux.uidMappings",
+            "the ids are the pod's, which Prepare maps",
+        );
     }
     if !linux.sysctl.is_empty() {
         return refused("linux.sysctl", "sysctls belong to the pod, see Prepare");
