@@ -30,8 +30,9 @@ const OCI: [(&str, &str); 5] = [
 ];
 
 /// Messages of the CRI that have a table.
-const CRI: [&str; 6] = [
+const CRI: [&str; 7] = [
     "ContainerConfig",
+    "Mount",
     "LinuxContainerConfig",
     "LinuxContainerResources",
     "LinuxContainerSecurityContext",

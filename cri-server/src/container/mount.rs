@@ -97,7 +97,15 @@ fn host_file(mount: &cri::Mount) -> Result<HostFile, SpecError> {
             "Bidirectional propagation at {path}: mounts made in a guest cannot appear on the host"
         )));
     }
-    if mount.image.is_some() || mount.host_path.is_empty() {
+    // Below a file is nothing, so that the CRI's terms are kept is all there is to it.
+    let private = mount.propagation() == cri::MountPropagation::PropagationPrivate;
+    if mount.recursive_read_only && !(mount.readonly && private) {
+        return Err(invalid(format!(
+            "recursive_read_only at {path} needs readonly and private propagation"
+        )));
+    }
+    let of_image = mount.image.is_some() || !mount.image_sub_path.is_empty();
+    if of_image || mount.host_path.is_empty() {
         return Err(unsupported(format!("{path} is an image volume")));
     }
     Ok(HostFile {
@@ -154,6 +162,16 @@ mod tests {
             ..mount.clone()
         };
         refuse(climbing, "/data/../etc");
+        let writable = cri::Mount {
+            recursive_read_only: true,
+            ..mount.clone()
+        };
+        refuse(writable, "recursive_read_only");
+        let part = cri::Mount {
+            image_sub_path: "part".into(),
+            ..mount.clone()
+        };
+        refuse(part, "image volume");
         let image = cri::Mount {
             host_path: String::new(),
             ..mount
