@@ -104,6 +104,17 @@ pub fn configure(interface: &Interface, handed_over: bool) -> Result<(), Network
                 index,
                 &address.address,
                 address.prefix_length as u8,
+                !interface.exact_routes,
+            ))
+            .map_err(refused(what))?;
+    }
+    for neighbour in &interface.neighbours {
+        let what = format!("add the neighbour {}", show(&neighbour.address));
+        socket
+            .ask(netlink::add_neighbour(
+                index,
+                &neighbour.address,
+                &neighbour.mac,
             ))
             .map_err(refused(what))?;
     }
@@ -119,13 +130,9 @@ pub fn configure(interface: &Interface, handed_over: bool) -> Result<(), Network
             route.prefix_length,
             show(&route.gateway)
         );
-        let message = netlink::add_route(
-            index,
-            &route.destination,
-            route.prefix_length as u8,
-            &route.gateway,
-        );
-        socket.ask(message).map_err(refused(what))?;
+        socket
+            .ask(netlink::add_route(index, route))
+            .map_err(refused(what))?;
     }
     Ok(())
 }
@@ -165,11 +172,18 @@ fn check(interface: &Interface) -> Result<(), NetworkError> {
         return invalid("an address must have 4 or 16 bytes and a prefix that fits");
     }
     let routes_fit = interface.routes.iter().all(|route| {
+        let alike = |address: &[u8]| address.is_empty() || address.len() == route.destination.len();
         fits(&route.destination, route.prefix_length)
-            && (route.gateway.is_empty() || route.gateway.len() == route.destination.len())
+            && alike(&route.gateway)
+            && alike(&route.source)
+            && route.scope <= 255
     });
     if !routes_fit {
-        return invalid("a route's destination, prefix and gateway must fit one another");
+        return invalid("a route's destination, prefix, gateway and source must fit one another");
+    }
+    let mut neighbours = interface.neighbours.iter();
+    if !neighbours.all(|neighbour| fits(&neighbour.address, 0) && neighbour.mac.len() == 6) {
+        return invalid("a neighbour must have an address of 4 or 16 bytes and a MAC of 6");
     }
     Ok(())
 }
@@ -255,7 +269,9 @@ mod tests {
                 destination: vec![0; 4],
                 prefix_length: 0,
                 gateway: vec![10, 0, 0, 1],
+                ..Route::default()
             }],
+            ..Interface::default()
         }
     }
 

@@ -112,6 +112,7 @@ impl Node {
             fake_registry: self.fake_registry.address().to_string(),
             root: None,
             settings: String::new(),
+            cni: None,
             private_mounts: None,
         }
     }

@@ -44,6 +44,8 @@ pub struct Plan {
     pub root: Option<PathBuf>,
     /// Further lines of the configuration, before its first table.
     pub settings: String,
+    /// The only network of its CNI directory; the runtime's own way to have a network unless given.
+    pub cni: Option<serde_json::Value>,
     /// Shell that changes the mounts the server sees, and nobody else.
     pub private_mounts: Option<String>,
 }
@@ -63,6 +65,7 @@ impl Plan {
     /// Starts the server and waits until it answers.
     pub fn start(self) -> Result<Server> {
         fs::create_dir_all(self.home.join("run"))?;
+        self.write_network()?;
         let root = self.root.clone().unwrap_or_else(|| self.home.join("root"));
         fs::create_dir_all(&root)?;
         let socket = self.home.join("run/cri.sock");
@@ -125,6 +128,35 @@ impl Plan {
         command
     }
 
+    /// Writes the CNI network that the server shall have, if any.
+    fn write_network(&self) -> Result<()> {
+        let own = match self.runtime {
+            Runtime::Bulkhead => None,
+            Runtime::Reference => Some(serde_json::json!({
+                "cniVersion": "0.4.0", "name": "tests", "plugins": [{
+                    "type": "bridge", "bridge": "cni-tests", "isGateway": true,
+                    "ipam": {"type": "host-local", "dataDir": self.home.join("addresses"),
+                        "ranges": [[{"subnet": "10.101.0.0/16"}]],
+                        "routes": [{"dst": "0.0.0.0/0"}]}}]})),
+        };
+        let Some(network) = self.cni.clone().or(own) else {
+            return Ok(());
+        };
+        let (directory, programs) = (self.cni_directory(), self.home.join("cni-plugins"));
+        fs::create_dir_all(&directory)?;
+        fs::create_dir_all(&programs)?;
+        // One directory for plugins is all that containerd takes.
+        for entry in fs::read_dir("/usr/lib/cni").context("CNI plugins")? {
+            let path = entry?.path();
+            let link = programs.join(path.file_name().unwrap_or_default());
+            if !link.exists() {
+                std::os::unix::fs::symlink(&path, link)?;
+            }
+        }
+        fs::write(directory.join("10-tests.conflist"), network.to_string())?;
+        Ok(())
+    }
+
     fn bulkhead_config(&self, root: &Path, socket: &Path) -> String {
         let Self {
             home,
@@ -138,6 +170,9 @@ impl Plan {
 run = "{home}/run"
 socket = "{socket}"
 {settings}
+[network]
+cni = "{cni}"
+cni_plugins = ["{home}/cni-plugins", "/usr/lib/cni"]
 [registry."{registry}"]
 plain_http = true
 [registry."{fake_registry}"]
@@ -148,28 +183,22 @@ mirrors = ["{registry}"]
             root = root.display(),
             home = home.display(),
             socket = socket.display(),
+            cni = self.cni_directory().display(),
         )
+    }
+
+    /// Where this server looks for CNI networks. Without one it does not exist.
+    pub fn cni_directory(&self) -> PathBuf {
+        self.home.join("cni")
     }
 
     fn containerd_config(&self, root: &Path, socket: &Path) -> Result<String> {
         let Self { home, registry, .. } = self;
-        let (cni, hosts) = (home.join("cni"), home.join("hosts"));
-        fs::create_dir_all(&cni)?;
+        let (cni, hosts) = (self.cni_directory(), home.join("hosts"));
         fs::create_dir_all(hosts.join("mirrored.test"))?;
         fs::write(
             hosts.join("mirrored.test/hosts.toml"),
             format!("[host.\"http://{registry}\"]\ncapabilities = [\"pull\", \"resolve\"]\n"),
-        )?;
-        fs::write(
-            cni.join("10-tests.conflist"),
-            format!(
-                r#"{{"cniVersion": "0.4.0", "name": "tests", "plugins": [
-                {{"type": "bridge", "bridge": "cni-tests", "isGateway": true,
-                  "ipam": {{"type": "host-local", "dataDir": "{}/addresses",
-                    "ranges": [[{{"subnet": "10.101.0.0/16"}}]],
-                    "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}"#,
-                home.display(),
-            ),
         )?;
         Ok(format!(
             r#"version = 2
@@ -183,7 +212,7 @@ level = "warn"
 sandbox_image = "{registry}/test/pause:1"
 disable_apparmor = true
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
+bin_dir = "{home}/cni-plugins"
 conf_dir = "{cni}"
 [plugins."io.containerd.grpc.v1.cri".registry]
 config_path = "{hosts}"
@@ -266,6 +295,13 @@ impl Server {
         let status = self.terminate()?;
         let well = status.success() || status.signal() == Some(Signal::TERM.as_raw());
         ensure!(well, "the server ended with {status}\n{}", self.log_tail());
+        Ok(())
+    }
+
+    /// Ends the server at once, as if by accident. Its pods run on.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
         Ok(())
     }
 

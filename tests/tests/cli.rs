@@ -278,7 +278,7 @@ fn private_config(node: &Node) -> Result<String> {
     let path = node.scratch().join("private.toml");
     let registry = node.registry.address();
     let text = format!(
-        "run = \"{}/nobody\"\n[registry.\"{registry}\"]\nplain_http = true\n",
+        "run = \"{0}/nobody\"\nnetwork.cni = \"{0}/none\"\n[registry.\"{registry}\"]\nplain_http = true\n",
         node.scratch().display()
     );
     fs::write(&path, text)?;

@@ -100,13 +100,6 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
     if pod.windows.is_some() {
         return Err(unsupported("windows", "pods are Linux"));
     }
-    if let Some(port) = pod.port_mappings.iter().find(|port| port.host_port > 0) {
-        let reason = format!(
-            "ports of the host cannot be mapped yet ({})",
-            port.host_port
-        );
-        return Err(unsupported("port_mappings.host_port", reason));
-    }
     for limits in linux.resources.iter().chain(&linux.overhead) {
         resource::check_pod(limits)?;
         resource::limits(limits)?;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::cni::CniError;
 use super::prefix::Ipv4Prefix;
 
 /// Why a pod has no network, or why it could not be taken down.
@@ -78,6 +79,29 @@ pub enum NetworkError {
     /// Every bridge name is taken.
     #[error("bridges {0}0 to {0}255 all exist already; remove those that are not in use")]
     NoFreeBridge(&'static str),
+    /// CNI plugins gave none, or did not take it back.
+    #[error(transparent)]
+    Cni(#[from] CniError),
+    /// A link that no guest can have for its card.
+    #[error("link {link} cannot be the pod's: {why}")]
+    Unusable {
+        /// The link in the pod's namespace.
+        link: String,
+        /// What about it.
+        why: String,
+    },
+    /// More links than cards.
+    #[error("the pod has {0} links; 8 are possible")]
+    Cards(usize),
+    /// What plugins promised and did not do.
+    #[error("CNI plugins promised {}, and the pod's links do not have them", .0.join(", "))]
+    Missing(Vec<String>),
+    /// The embedded bridge has none.
+    #[error(
+        "port {0} of the host cannot be mapped by the embedded bridge; configure a CNI network \
+         with the portmap plugin"
+    )]
+    HostPort(i32),
     /// The thread that owns the host's side is gone.
     #[error("the network's owner thread has ended; restart the server")]
     Ended,

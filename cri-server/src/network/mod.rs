@@ -1,9 +1,12 @@
 //! A pod's network: a namespace of its own, a link in it, and a tap for the guest's card.
 //!
-//! Whatever brings the link (the embedded bridge here; a CNI plugin fits the same place), frames
-//! are mirrored between it and the tap, so the guest is on the link as if the link were its own.
+//! The link comes from CNI plugins where the machine has a directory for their configuration, else
+//! from the embedded bridge. Frames are mirrored between it and the tap, so the guest is on the
+//! link as if the link were its own.
 
 mod bridge;
+mod card;
+mod cni;
 mod dns;
 mod error;
 mod link;
@@ -22,28 +25,48 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_cri_api::v1 as cri;
 use serde::{Deserialize, Serialize};
 
+pub use cni::CniError;
 pub use dns::Dns;
 pub use error::NetworkError;
 pub use prefix::Ipv4Prefix;
 
-use link::Links;
+use cni::{Cni, Promise};
+use link::{Link, Links};
 use netns::Namespace;
 use owner::{Attachment, Owner};
 
 /// The pod's link in its namespace, and the guest's name for its card.
 const POD_LINK: &str = "eth0";
-const TAP: &str = "tap0";
+/// The most cards of a pod: each takes a window of its VM.
+const CARDS: usize = 8;
 
 /// What the operator may choose.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Where the configuration of CNI networks is. When the directory exists, pods have such a
+    /// network, and none before it is configured; else they have the embedded bridge.
+    pub cni: PathBuf,
+    /// Where CNI plugins are, the first one counts.
+    pub cni_plugins: Vec<PathBuf>,
     /// The pods' addresses. Default: a /20 that overlaps no route of the host.
     pub pool: Option<Ipv4Prefix>,
     /// Largest payload of a frame in bytes. Default: that of the host's way out, at most 1500.
     pub mtu: Option<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cni: "/etc/cni/net.d".into(),
+            cni_plugins: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            pool: None,
+            mtu: None,
+        }
+    }
 }
 
 /// A pod's network as its record and its guest know it.
@@ -68,8 +91,14 @@ pub struct Interface {
     pub mtu: u32,
     /// Its addresses.
     pub addresses: Vec<Address>,
-    /// Its routes, those on the link first.
+    /// Its routes.
     pub routes: Vec<Route>,
+    /// Whether these are all routes there are; else its addresses bring those to their networks.
+    #[serde(default)]
+    pub exact_routes: bool,
+    /// Neighbours that are not to be asked for.
+    #[serde(default)]
+    pub neighbours: Vec<Neighbour>,
     /// Name of its tap in the pod's namespace.
     pub tap: String,
 }
@@ -92,12 +121,40 @@ pub struct Route {
     pub prefix: u8,
     /// The next hop; none on the link.
     pub gateway: Option<IpAddr>,
+    /// The lower one is preferred; 0 is the kernel's default.
+    #[serde(default)]
+    pub metric: u32,
+    /// The largest packet in bytes; 0 is the card's.
+    #[serde(default)]
+    pub mtu: u32,
+    /// The largest TCP segment to ask for, in bytes; 0 is by the MTU.
+    #[serde(default)]
+    pub advertised_mss: u32,
+    /// `rtm_scope` of rtnetlink(7).
+    #[serde(default)]
+    pub scope: u8,
+    /// The next hop is on the link, though no route says so.
+    #[serde(default)]
+    pub on_link: bool,
+    /// The own address to prefer.
+    #[serde(default)]
+    pub source: Option<IpAddr>,
+}
+
+/// A neighbour with its hardware address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// The address.
+    pub address: IpAddr,
+    /// The hardware address.
+    pub mac: [u8; 6],
 }
 
 /// The pods' networks of one server.
 #[derive(Debug, Clone)]
 pub struct Network {
     owner: Owner,
+    cni: Cni,
     namespaces: PathBuf,
 }
 
@@ -106,19 +163,26 @@ impl Network {
     /// host until the first pod comes, apart from removing a bridge of ours that nobody needs.
     pub async fn open(config: Config, root: &Path, run: &Path) -> Result<Self, NetworkError> {
         let plan = bridge::Plan::new(root, config.pool, config.mtu)?;
+        let cache = root.join("cni");
         let root = root.to_owned();
         let pool = blocking(move || pool::Pool::open(&root)).await?;
         Ok(Self {
             owner: Owner::start(plan, pool).await?,
+            cni: Cni::new(config.cni, config.cni_plugins, cache),
             namespaces: run.join("netns"),
         })
     }
 
     /// Makes the sandbox's network, and returns the tap of each interface for its VMM. What an
     /// interrupted attempt left is replaced; after a failure nothing is left.
-    pub async fn set_up(&self, sandbox: &str) -> Result<(PodNetwork, Vec<OwnedFd>), NetworkError> {
+    pub async fn set_up(
+        &self,
+        sandbox: &str,
+        pod: &cri::PodSandboxConfig,
+    ) -> Result<(PodNetwork, Vec<OwnedFd>), NetworkError> {
         let path = self.namespace(sandbox)?;
-        let made = self.make(sandbox, path).await;
+        self.cni.detach(sandbox).await?;
+        let made = self.make(sandbox, path, pod).await;
         if made.is_err()
             && let Err(error) = self.tear_down(sandbox).await
         {
@@ -131,43 +195,86 @@ impl Network {
         &self,
         sandbox: &str,
         path: PathBuf,
+        pod: &cri::PodSandboxConfig,
     ) -> Result<(PodNetwork, Vec<OwnedFd>), NetworkError> {
         let namespace = Namespace::create(path.clone()).await?;
+        let host = blocking(|| Ok(Dns::of_host())).await?;
+        let (interfaces, taps, dns) = if self.cni.is_wanted() {
+            let promise = self.cni.attach(sandbox, &path, pod).await?;
+            let dns = promise.dns.clone().unwrap_or(host);
+            let cards = namespace.run(move || add_cards(promise)).await?;
+            let (interfaces, taps) = cards.into_iter().unzip();
+            (interfaces, taps, dns)
+        } else {
+            if let Some(port) = pod.port_mappings.iter().find(|port| port.host_port > 0) {
+                return Err(NetworkError::HostPort(port.host_port));
+            }
+            let (interface, tap) = self.join_bridge(sandbox, &namespace).await?;
+            (vec![interface], vec![tap], host)
+        };
+        let network = PodNetwork {
+            netns: path,
+            interfaces,
+            dns,
+        };
+        Ok((network, taps))
+    }
+
+    async fn join_bridge(
+        &self,
+        sandbox: &str,
+        namespace: &Namespace,
+    ) -> Result<(Interface, OwnedFd), NetworkError> {
         let copy = namespace
             .as_fd()
             .try_clone_to_owned()
-            .map_err(|source| NetworkError::state(&path, source))?;
+            .map_err(|source| NetworkError::state(namespace.path(), source))?;
         let attachment = self.owner.attach(sandbox, POD_LINK, copy).await?;
         let mtu = attachment.mtu;
-        let tap = namespace.run(move || add_tap(mtu)).await?;
+        let add = move || async move {
+            let links = Links::open()?;
+            let pod = present(&links, POD_LINK).await?;
+            add_tap(&links, &pod, &tap_name(0), mtu).await
+        };
+        let tap = namespace.run(add).await?;
         // The bridge opens its port, and the host's end sends, only after a worker of the kernel
         // has seen the carrier come on. Looking at the link makes that happen now (from Linux 6.8
         // on; before, the first frames of a very quick guest could be lost).
         Links::open()?.find(&owner::host_link(sandbox)).await?;
-        let dns = blocking(|| Ok(Dns::of_host())).await?;
-        let interfaces = vec![interface(&attachment)];
-        Ok((
-            PodNetwork {
-                netns: path,
-                interfaces,
-                dns,
-            },
-            vec![tap],
-        ))
+        Ok((interface(&attachment), tap))
     }
 
     /// Takes the sandbox's network away. Steps that never happened, or happened already, are no
     /// error; call it again after a failure. The VMM must be gone: its tap keeps a namespace alive.
     pub async fn tear_down(&self, sandbox: &str) -> Result<(), NetworkError> {
         let path = self.namespace(sandbox)?;
-        // Both are tried; the first failure is told.
-        let detached = self.owner.detach(sandbox).await;
+        let detached = match self.cni.detach(sandbox).await {
+            // Its plugins need the namespace another time.
+            Err(error) => return Err(error),
+            Ok(true) => Ok(()),
+            Ok(false) => self.owner.detach(sandbox).await,
+        };
         blocking(move || netns::remove(&path)).await.and(detached)
     }
 
+    /// Takes back what sandboxes that are not among `known` left on the host.
+    pub async fn collect(&self, known: &[String]) {
+        self.cni.collect(known).await;
+    }
+
+    /// What brings the pods' links, in words.
+    pub fn kind(&self) -> &'static str {
+        match self.cni.is_wanted() {
+            true => "CNI",
+            false => "embedded bridge",
+        }
+    }
+
     /// Whether pods can have a network here; why not.
-    pub fn ready(&self) -> Result<(), String> {
-        if nat::program().is_none() {
+    pub async fn ready(&self) -> Result<(), String> {
+        if self.cni.is_wanted() {
+            self.cni.ready().await.map_err(|error| error.to_string())?;
+        } else if nat::program().is_none() {
             return Err("there is no `nft` program; install nftables".to_owned());
         }
         if !Path::new("/dev/net/tun").exists() {
@@ -185,27 +292,66 @@ impl Network {
     }
 }
 
-/// Runs in the pod's namespace: the tap, and the mirror between it and the pod's link.
-async fn add_tap(mtu: u32) -> Result<OwnedFd, NetworkError> {
-    let descriptor = tap::open(TAP)?;
+/// Runs in the pod's namespace: a tap and a mirror for each link that plugins have brought. Fails
+/// when an address that was promised is not there.
+async fn add_cards(promise: Promise) -> Result<Vec<(Interface, OwnedFd)>, NetworkError> {
     let links = Links::open()?;
-    let find = async |name: &str| {
-        links
-            .find(name)
-            .await?
-            .ok_or_else(|| NetworkError::Netlink {
-                step: format!("find link {name} in the pod's namespace"),
-                source: std::io::ErrorKind::NotFound.into(),
-            })
+    let names = match promise.interfaces.as_slice() {
+        // Plugins of old need not list what they were told to make.
+        [] => vec![POD_LINK.to_owned()],
+        names => names.to_vec(),
     };
-    let pod = find(POD_LINK).await?;
-    let tap = find(TAP).await?;
+    if names.len() > CARDS {
+        return Err(NetworkError::Cards(names.len()));
+    }
+    let mut cards = Vec::new();
+    for (number, name) in names.iter().enumerate() {
+        let pod = present(&links, name).await?;
+        let tap = tap_name(number);
+        let interface = card::read(&links, &pod, &tap).await?;
+        let descriptor = add_tap(&links, &pod, &tap, pod.mtu).await?;
+        cards.push((interface, descriptor));
+    }
+    let missing: Vec<String> = promise
+        .addresses
+        .iter()
+        .filter(|(address, place)| {
+            let mut on = cards.iter().map(|(interface, _)| interface);
+            !on.any(|interface| {
+                place.as_ref().is_none_or(|place| *place == interface.name)
+                    && interface.addresses.contains(address)
+            })
+        })
+        .map(|(address, _)| format!("{}/{}", address.address, address.prefix))
+        .collect();
+    match missing.is_empty() {
+        true => Ok(cards),
+        false => Err(NetworkError::Missing(missing)),
+    }
+}
+
+/// Makes the tap of a link in this namespace, and the mirror between them.
+async fn add_tap(links: &Links, pod: &Link, name: &str, mtu: u32) -> Result<OwnedFd, NetworkError> {
+    let descriptor = tap::open(name)?;
+    let tap = present(links, name).await?;
     links.set_mtu(&tap, mtu).await?;
     // The mirror before the pod's link, so that no frame reaches the namespace's own stack.
     links.up(&tap).await?;
-    mirror::join(&links, pod.index, tap.index).await?;
-    links.up(&pod).await?;
+    mirror::join(links, pod.index, tap.index).await?;
+    links.up(pod).await?;
     Ok(descriptor)
+}
+
+async fn present(links: &Links, name: &str) -> Result<Link, NetworkError> {
+    let found = links.find(name).await?;
+    found.ok_or_else(|| NetworkError::Netlink {
+        step: format!("find link {name} in the pod's namespace"),
+        source: std::io::ErrorKind::NotFound.into(),
+    })
+}
+
+fn tap_name(number: usize) -> String {
+    format!("tap{number}")
 }
 
 fn interface(attachment: &Attachment) -> Interface {
@@ -222,8 +368,16 @@ fn interface(attachment: &Attachment) -> Interface {
             destination: Ipv4Addr::UNSPECIFIED.into(),
             prefix: 0,
             gateway: Some(pool.gateway().into()),
+            metric: 0,
+            mtu: 0,
+            advertised_mss: 0,
+            scope: 0,
+            on_link: false,
+            source: None,
         }],
-        tap: TAP.to_owned(),
+        exact_routes: false,
+        neighbours: Vec::new(),
+        tap: tap_name(0),
     }
 }
 
@@ -247,8 +401,13 @@ pub fn trial() -> Result<(), String> {
             .build()
             .map_err(|error| said(&error))?;
         let result = runtime.block_on(async {
-            let network = Network::open(Config::default(), &directory, &directory).await?;
-            network.set_up("trial").await?;
+            let config = Config {
+                cni: directory.join("none"),
+                ..Config::default()
+            };
+            let network = Network::open(config, &directory, &directory).await?;
+            let pod = cri::PodSandboxConfig::default();
+            network.set_up("trial", &pod).await?;
             network.tear_down("trial").await
         });
         // Only our own few entries are in it.

@@ -61,6 +61,11 @@ impl Namespace {
         })
     }
 
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Runs `work` to its end on a thread inside the namespace, with a runtime of its own.
     pub async fn run<T, F, W>(&self, work: W) -> Result<T, NetworkError>
     where

@@ -53,7 +53,11 @@ impl Server {
     }
 
     async fn pod(&self, sandbox: &str) -> Pod {
-        let (network, mut taps) = self.network.set_up(sandbox).await.unwrap();
+        let (network, mut taps) = self
+            .network
+            .set_up(sandbox, &Default::default())
+            .await
+            .unwrap();
         assert_eq!(taps.len(), 1);
         Pod {
             interface: network.interfaces[0].clone(),
@@ -62,7 +66,8 @@ impl Server {
     }
 }
 
-async fn open(directory: &tempfile::TempDir, config: Config) -> Network {
+async fn open(directory: &tempfile::TempDir, mut config: Config) -> Network {
+    config.cni = directory.path().join("none");
     Network::open(
         config,
         &directory.path().join("root"),
@@ -384,11 +389,15 @@ fn a_configured_pool_that_the_host_uses_is_refused_by_name() {
             &directory,
             Config {
                 pool: used,
-                mtu: None,
+                ..Config::default()
             },
         )
         .await;
-        let refusal = network.set_up("b").await.unwrap_err().to_string();
+        let refusal = network
+            .set_up("b", &Default::default())
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(refusal.contains(&used.unwrap().to_string()), "{refusal}");
         assert!(!directory.path().join("run/netns/b").exists());
         drop(a);
@@ -401,7 +410,11 @@ fn sandbox_ids_that_are_paths_are_refused() {
     on_new_host(|| async {
         let server = Server::start().await;
         for id in ["", "..", "a/b", "a\0b", &"x".repeat(129)] {
-            let refusal = server.network.set_up(id).await.unwrap_err();
+            let refusal = server
+                .network
+                .set_up(id, &Default::default())
+                .await
+                .unwrap_err();
             assert!(matches!(refusal, NetworkError::SandboxId(_)), "{id}");
         }
     });

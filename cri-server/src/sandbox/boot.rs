@@ -83,7 +83,7 @@ impl Ground<'_> {
         blocking(move || make_directory(&run)).await?;
 
         self.before(Step::Network).await?;
-        let (network, taps) = self.host.network.set_up(&id).await?;
+        let (network, taps) = self.host.network.set_up(&id, &self.record.config).await?;
 
         self.before(Step::Cgroup).await?;
         let cgroup = self.host.cgroup(&id, &self.record.config)?;
@@ -327,6 +327,15 @@ fn interface(interface: &crate::network::Interface) -> v1::Interface {
                 prefix_length: address.prefix.into(),
             })
             .collect(),
+        exact_routes: interface.exact_routes,
+        neighbours: interface
+            .neighbours
+            .iter()
+            .map(|neighbour| v1::Neighbour {
+                address: bytes(neighbour.address),
+                mac: neighbour.mac.to_vec(),
+            })
+            .collect(),
         routes: interface
             .routes
             .iter()
@@ -334,6 +343,12 @@ fn interface(interface: &crate::network::Interface) -> v1::Interface {
                 destination: bytes(route.destination),
                 prefix_length: route.prefix.into(),
                 gateway: route.gateway.map(bytes).unwrap_or_default(),
+                metric: route.metric,
+                mtu: route.mtu,
+                advertised_mss: route.advertised_mss,
+                scope: route.scope.into(),
+                on_link: route.on_link,
+                source: route.source.map(bytes).unwrap_or_default(),
             })
             .collect(),
     }

@@ -32,6 +32,8 @@ const LARGEST_MESSAGE: usize = 16 << 20;
 /// The largest answer of a container call: two full outputs of an ExecSync and some room.
 const LARGEST_ANSWER: usize = 2 * OUTPUT_BYTES + (64 << 10);
 /// How long calls under way may take to end when the server does.
+/// How long plugins may collect what pods of earlier left before requests are served.
+const COLLECTION: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Why there is no server.
@@ -116,14 +118,21 @@ pub async fn serve_until(
     let host = Host::new(config, network, images.clone()).map_err(at(&socket))?;
     let sandboxes = Sandboxes::open(Arc::new(host)).await?;
     let listener = listen(&socket)?;
-    let pods = sandboxes.list().len();
+    let pods = sandboxes.list();
+    let known: Vec<String> = pods.iter().map(|pod| pod.record().id.clone()).collect();
+    let network = &sandboxes.host().network;
+    // Before the first request: what a new pod has must not be taken for what an old one left.
+    if tokio::time::timeout(COLLECTION, network.collect(&known))
+        .await
+        .is_err()
+    {
+        tracing::warn!("CNI plugins take long to collect what pods of earlier have left");
+    }
+    let pods = known.len();
     tracing::info!(socket = %socket.display(), pods, "serving");
     let host = Arc::clone(sandboxes.host());
-    tokio::task::spawn_blocking(move || {
-        for obstacle in [host.ready(), host.network.ready()]
-            .into_iter()
-            .flat_map(Result::err)
-        {
+    tokio::spawn(async move {
+        for obstacle in obstacles(&host).await.into_iter().flat_map(Result::err) {
             tracing::warn!("no pod can run here: {obstacle}");
         }
     });
@@ -159,6 +168,14 @@ pub async fn serve_until(
     let _ = std::fs::remove_file(&socket);
     tracing::info!("the server ends; pods run on");
     served
+}
+
+/// Whether pods can run, and whether they can have a network; why not.
+async fn obstacles(host: &Arc<Host>) -> [Result<(), String>; 2] {
+    let looking = Arc::clone(host);
+    let runtime = tokio::task::spawn_blocking(move || looking.ready()).await;
+    let runtime = runtime.unwrap_or_else(|error| Err(error.to_string()));
+    [runtime, host.network.ready().await]
 }
 
 /// A lock that ends with the process, however it ends.

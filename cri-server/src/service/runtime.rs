@@ -116,10 +116,7 @@ impl RuntimeService for Runtime {
 
     async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
         let host = std::sync::Arc::clone(self.sandboxes.host());
-        let looked = tokio::task::spawn_blocking(move || (host.ready(), host.network.ready()));
-        let (runtime, network) = looked
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?;
+        let [runtime, network] = super::obstacles(&host).await;
         let conditions = vec![
             condition("RuntimeReady", "CannotRunPods", &runtime),
             condition("NetworkReady", "NetworkNotReady", &network),
@@ -137,6 +134,7 @@ impl RuntimeService for Runtime {
             let details = serde_json::json!({
                 "root": config.root,
                 "run": config.run,
+                "network": host.network.kind(),
                 "vm": {
                     "memoryMiB": config.vm.memory_mib,
                     "vcpus": config.vm.vcpus,

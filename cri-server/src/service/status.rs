@@ -7,6 +7,7 @@ use crate::container::exec::ExecError;
 use crate::container::file::FileError;
 use crate::container::spec::SpecError;
 use crate::guest::GuestError;
+use crate::network::{CniError, NetworkError};
 use crate::sandbox::SandboxError;
 use crate::vm::VmError;
 
@@ -57,6 +58,7 @@ fn code(error: &SandboxError) -> Code {
         | SandboxError::Mount(FileError::Read { .. } | FileError::Unsupported { .. }) => {
             Code::InvalidArgument
         }
+        SandboxError::Network(error) => network(error),
         SandboxError::Image(error) => super::image::status(error).code(),
         SandboxError::Vm(error) => vm(error),
         SandboxError::Guest(error) => guest(error),
@@ -66,12 +68,19 @@ fn code(error: &SandboxError) -> Code {
         | SandboxError::Random(_)
         | SandboxError::File { .. }
         | SandboxError::Broken(_)
-        | SandboxError::Network(_)
         | SandboxError::Cgroup(_)
         | SandboxError::Scratch(_)
         | SandboxError::Record(_)
         | SandboxError::Log(_)
         | SandboxError::Exec(ExecError::Describe(_) | ExecError::NoExit) => Code::Internal,
+    }
+}
+
+fn network(error: &NetworkError) -> Code {
+    match error {
+        NetworkError::HostPort(_) | NetworkError::Cni(CniError::Pod(_)) => Code::InvalidArgument,
+        NetworkError::Cni(CniError::NoNetwork(_)) => Code::FailedPrecondition,
+        _ => Code::Internal,
     }
 }
 

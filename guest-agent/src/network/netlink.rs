@@ -1,5 +1,7 @@
 //! The few rtnetlink requests the agent needs, as bytes (rtnetlink(7)).
 
+use bulkhead_agent_api::v1::Route;
+
 /// Header of every message, `struct nlmsghdr`.
 const HEADER: usize = 16;
 
@@ -11,6 +13,7 @@ const CREATE: u16 = 0x400;
 const NEW_LINK: u16 = 16;
 const NEW_ADDRESS: u16 = 20;
 const NEW_ROUTE: u16 = 24;
+const NEW_NEIGHBOUR: u16 = 28;
 const ERROR: u16 = 2;
 
 /// A request under construction.
@@ -84,56 +87,85 @@ fn family(address: &[u8]) -> u8 {
     if address.len() == 4 { 2 } else { 10 }
 }
 
-/// RTM_NEWADDR. IPv6 addresses skip duplicate address detection: the host has given this one to
-/// this pod alone, and a tentative address cannot be used for a second.
-pub fn add_address(index: u32, address: &[u8], prefix: u8) -> Vec<u8> {
-    const NO_DAD: u8 = 0x02;
+/// RTM_NEWADDR, `routed` with a route to its network. IPv6 addresses skip duplicate address
+/// detection: the host has given this one to this pod alone, and a tentative address cannot be
+/// used for a second.
+pub fn add_address(index: u32, address: &[u8], prefix: u8, routed: bool) -> Vec<u8> {
+    const NO_DAD: u32 = 0x02;
+    const NO_PREFIX_ROUTE: u32 = 0x200;
     let six = address.len() == 16;
     let mut body = [0; 8];
     body[0] = family(address);
     body[1] = prefix;
-    body[2] = if six { NO_DAD } else { 0 };
     body[4..8].copy_from_slice(&index.to_ne_bytes());
+    let flags = if six { NO_DAD } else { 0 } | if routed { 0 } else { NO_PREFIX_ROUTE };
     Message::new(NEW_ADDRESS, CREATE | REPLACE, &body)
         .attribute(2, address)
         .attribute(1, address)
+        .attribute(8, &flags.to_ne_bytes())
         .finish()
 }
 
 /// RTM_NEWROUTE in the main table. Without a gateway the destination is on the link.
-pub fn add_route(index: u32, destination: &[u8], prefix: u8, gateway: &[u8]) -> Vec<u8> {
+pub fn add_route(index: u32, route: &Route) -> Vec<u8> {
     const MAIN: u8 = 254;
     const BOOT: u8 = 3;
-    const UNIVERSE: u8 = 0;
-    const LINK: u8 = 253;
     const UNICAST: u8 = 1;
-    let scope = if gateway.is_empty() && destination.len() == 4 {
-        LINK
-    } else {
-        UNIVERSE
-    };
+    const ON_LINK: u32 = 4;
+    let [a, b, c, d] = if route.on_link { ON_LINK } else { 0 }.to_ne_bytes();
     let body = [
-        family(destination),
-        prefix,
+        family(&route.destination),
+        route.prefix_length as u8,
         0,
         0,
         MAIN,
         BOOT,
-        scope,
+        route.scope as u8,
         UNICAST,
-        0,
-        0,
-        0,
-        0,
+        a,
+        b,
+        c,
+        d,
     ];
     let mut message = Message::new(NEW_ROUTE, CREATE | REPLACE, &body);
-    if prefix > 0 {
-        message = message.attribute(1, destination);
+    if route.prefix_length > 0 {
+        message = message.attribute(1, &route.destination);
     }
-    if !gateway.is_empty() {
-        message = message.attribute(5, gateway);
+    if !route.gateway.is_empty() {
+        message = message.attribute(5, &route.gateway);
+    }
+    if route.metric > 0 {
+        message = message.attribute(6, &route.metric.to_ne_bytes());
+    }
+    if !route.source.is_empty() {
+        message = message.attribute(7, &route.source);
+    }
+    // RTAX_MTU and RTAX_ADVMSS inside RTA_METRICS.
+    let mut metrics = Vec::new();
+    for (kind, value) in [(2u16, route.mtu), (8, route.advertised_mss)] {
+        if value > 0 {
+            metrics.extend_from_slice(&8u16.to_ne_bytes());
+            metrics.extend_from_slice(&kind.to_ne_bytes());
+            metrics.extend_from_slice(&value.to_ne_bytes());
+        }
+    }
+    if !metrics.is_empty() {
+        message = message.attribute(8, &metrics);
     }
     message.attribute(4, &index.to_ne_bytes()).finish()
+}
+
+/// RTM_NEWNEIGH of a neighbour that stays.
+pub fn add_neighbour(index: u32, address: &[u8], mac: &[u8]) -> Vec<u8> {
+    const PERMANENT: u16 = 0x80;
+    let mut body = [0; 12];
+    body[0] = family(address);
+    body[4..8].copy_from_slice(&index.to_ne_bytes());
+    body[8..10].copy_from_slice(&PERMANENT.to_ne_bytes());
+    Message::new(NEW_NEIGHBOUR, CREATE | REPLACE, &body)
+        .attribute(1, address)
+        .attribute(2, mac)
+        .finish()
 }
 
 /// The errno of an acknowledgement (0: done), or `None` when the bytes are not one.
@@ -168,7 +200,12 @@ mod tests {
 
     #[test]
     fn a_default_route_names_no_destination() {
-        let bytes = add_route(2, &[0; 4], 0, &[10, 1, 2, 3]);
+        let route = Route {
+            destination: vec![0; 4],
+            gateway: vec![10, 1, 2, 3],
+            ..Route::default()
+        };
+        let bytes = add_route(2, &route);
         #[rustfmt::skip]
         let expected = [
             44, 0, 0, 0, 24, 0, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0,
@@ -181,9 +218,46 @@ mod tests {
 
     #[test]
     fn an_ipv6_address_is_usable_at_once() {
-        let bytes = add_address(3, &[0xfd; 16], 64);
-        assert_eq!(bytes.len(), 16 + 8 + 20 + 20);
-        assert_eq!(bytes[16..24], [10, 64, 2, 0, 3, 0, 0, 0]);
+        let bytes = add_address(3, &[0xfd; 16], 64, true);
+        assert_eq!(bytes[16..24], [10, 64, 0, 0, 3, 0, 0, 0]);
+        assert_eq!(bytes[64..], [8, 0, 8, 0, 2, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_route_carries_all_that_the_host_says() {
+        let route = Route {
+            destination: vec![10, 2, 0, 0],
+            prefix_length: 16,
+            gateway: vec![169, 254, 1, 1],
+            metric: 100,
+            mtu: 1400,
+            on_link: true,
+            source: vec![10, 1, 0, 5],
+            ..Route::default()
+        };
+        #[rustfmt::skip]
+        let expected = [
+            2, 16, 0, 0, 254, 3, 0, 1, 4, 0, 0, 0,
+            8, 0, 1, 0, 10, 2, 0, 0,
+            8, 0, 5, 0, 169, 254, 1, 1,
+            8, 0, 6, 0, 100, 0, 0, 0,
+            8, 0, 7, 0, 10, 1, 0, 5,
+            12, 0, 8, 0, 8, 0, 2, 0, 0x78, 5, 0, 0,
+            8, 0, 4, 0, 2, 0, 0, 0,
+        ];
+        assert_eq!(add_route(2, &route)[HEADER..], expected);
+    }
+
+    #[test]
+    fn a_neighbour_stays() {
+        let bytes = add_neighbour(2, &[10, 0, 0, 1], &[2, 0, 0, 0, 0, 9]);
+        #[rustfmt::skip]
+        let expected = [
+            2, 0, 0, 0, 2, 0, 0, 0, 0x80, 0, 0, 0,
+            8, 0, 1, 0, 10, 0, 0, 1,
+            10, 0, 2, 0, 2, 0, 0, 0, 0, 9, 0, 0,
+        ];
+        assert_eq!(bytes[HEADER..], expected);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use crate::{place, process};
 /// Packages the end-to-end tests use on the machine they run on.
 pub const PACKAGES: &[&str] = &[
     "busybox-static",
+    "containernetworking-plugins",
+    "iptables",
     "docker-registry",
     "erofs-utils",
     "openssl",
@@ -19,6 +21,8 @@ pub const PACKAGES: &[&str] = &[
     // What the images are made of and with.
     "bash-static",
     "busybox-static",
+    "containernetworking-plugins",
+    "iptables",
     "libcap2-bin",
     "mmdebstrap",
     "skopeo",
@@ -26,7 +30,7 @@ pub const PACKAGES: &[&str] = &[
 ];
 
 /// Packages of the reference runtime.
-pub const REFERENCE_PACKAGES: &[&str] = &["containerd", "runc", "containernetworking-plugins"];
+pub const REFERENCE_PACKAGES: &[&str] = &["containerd", "runc"];
 
 /// Makes the images the tests use, if the cache does not have them; the directory they are in.
 pub fn prepare() -> Result<PathBuf> {

@@ -1,0 +1,105 @@
+//! What was asked of plugins, kept until they have taken it back: a server that starts anew, with
+//! another configuration perhaps, undoes exactly what was done.
+
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::arguments::Arguments;
+use super::list::NetworkList;
+use crate::network::NetworkError;
+
+/// A pod's attachment to its network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The network as it was configured.
+    pub list: NetworkList,
+    /// What plugins were told of the pod.
+    pub arguments: Arguments,
+    /// Where the pod's namespace is mounted.
+    pub netns: PathBuf,
+    /// What the last plugin answered to ADD; `Null` until then.
+    pub result: Value,
+    /// How often plugins failed to take it back.
+    pub failures: u32,
+}
+
+/// The files of all attachments.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    directory: PathBuf,
+}
+
+impl Cache {
+    /// In a directory that need not exist.
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
+    /// The attachment of a sandbox, if there is one. Blocks.
+    pub fn load(&self, sandbox: &str) -> Result<Option<Attachment>, NetworkError> {
+        let path = self.path(sandbox);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(NetworkError::state(&path, error)),
+        };
+        let read = serde_json::from_slice(&text);
+        read.map(Some)
+            .map_err(|error| NetworkError::state(&path, error.into()))
+    }
+
+    /// Writes the attachment of a sandbox down, whole or not at all. Blocks.
+    pub fn save(&self, sandbox: &str, attachment: &Attachment) -> Result<(), NetworkError> {
+        let path = self.path(sandbox);
+        let fail = |error| NetworkError::state(&path, error);
+        let mut directory = fs::DirBuilder::new();
+        directory
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.directory)
+            .map_err(fail)?;
+        let text = serde_json::to_vec(attachment).map_err(|error| fail(error.into()))?;
+        let new = self.directory.join(format!("{sandbox}.new"));
+        let mut options = OpenOptions::new();
+        let mut file = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)
+            .map_err(fail)?;
+        file.write_all(&text)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(fail)
+    }
+
+    /// Forgets the attachment of a sandbox. Blocks.
+    pub fn remove(&self, sandbox: &str) -> Result<(), NetworkError> {
+        let path = self.path(sandbox);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(NetworkError::state(&path, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The sandboxes that have one. Blocks.
+    pub fn sandboxes(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.directory).into_iter().flatten();
+        let names = entries.flatten().map(|entry| entry.file_name());
+        names
+            .filter_map(|name| Some(name.to_str()?.strip_suffix(".json")?.to_owned()))
+            .collect()
+    }
+
+    fn path(&self, sandbox: &str) -> PathBuf {
+        Path::new(&self.directory).join(format!("{sandbox}.json"))
+    }
+}

@@ -1,0 +1,336 @@
+//! Networks by CNI plugins: <https://www.cni.dev/docs/spec>, versions 0.3.0 to 1.1.0.
+//!
+//! The configuration is read anew whenever it is needed, so a change counts from the next pod on.
+//! A pod leaves its network by the configuration that it entered it with.
+
+mod arguments;
+mod cache;
+mod list;
+mod plugin;
+mod reply;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_cri_api::v1 as cri;
+use serde_json::{Map, Value, json};
+
+use super::error::NetworkError;
+use super::{POD_LINK, blocking};
+use arguments::Arguments;
+use cache::{Attachment, Cache};
+use list::{NetworkList, Plugin};
+use plugin::{About, Operation};
+pub use reply::Promise;
+
+/// How long a plugin may take to say whether it is ready: clients wait for that often.
+const STATUS_LIMIT: Duration = Duration::from_secs(5);
+/// How often plugins may fail to take an attachment back until the pod goes without them.
+const PATIENCE: u32 = 3;
+
+/// Why CNI gives no network.
+#[derive(Debug, thiserror::Error)]
+pub enum CniError {
+    /// A file or directory of the configuration cannot be read.
+    #[error("CNI configuration {file}: {source}", file = file.display())]
+    File {
+        /// Which.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is a directory, and nothing in it.
+    #[error(
+        "there is no network in {0} yet: install a CNI network, or remove the directory to \
+             have the embedded bridge"
+    )]
+    NoNetwork(PathBuf),
+    /// A file makes no sense.
+    #[error("CNI configuration {file}: {why}", file = file.display())]
+    Configuration {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A plugin is not installed.
+    #[error("the CNI plugin {program} is in none of {}; install it", show(places))]
+    NoProgram {
+        /// The name of its program.
+        program: String,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
+    },
+    /// A plugin failed.
+    #[error("the CNI plugin {program} failed at {operation}: {why}")]
+    Plugin {
+        /// The name of its program.
+        program: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// In its words.
+        why: String,
+    },
+    /// The pod cannot be told to plugins.
+    #[error("the pod cannot have a CNI network: {0}")]
+    Pod(String),
+    /// What was promised is not so.
+    #[error("the CNI network {network} is not what its plugins promise: {why}")]
+    Broken {
+        /// The name of the network.
+        network: String,
+        /// What is missing, or makes no sense.
+        why: String,
+    },
+}
+
+impl CniError {
+    fn file(file: &Path, source: io::Error) -> Self {
+        Self::File {
+            file: file.to_owned(),
+            source,
+        }
+    }
+}
+
+fn show(places: &[PathBuf]) -> String {
+    let places: Vec<_> = places
+        .iter()
+        .map(|place| place.display().to_string())
+        .collect();
+    places.join(", ")
+}
+
+/// The CNI networks of one server.
+#[derive(Debug, Clone)]
+pub struct Cni {
+    directory: PathBuf,
+    programs: Vec<PathBuf>,
+    cache: Cache,
+}
+
+impl Cni {
+    /// Configurations are in `directory`, plugins in `programs`, and `cache` is ours.
+    pub fn new(directory: PathBuf, programs: Vec<PathBuf>, cache: PathBuf) -> Self {
+        Self {
+            directory,
+            programs,
+            cache: Cache::new(cache),
+        }
+    }
+
+    /// Whether this machine's pods are to have CNI networks: it has a directory for them, empty or
+    /// not. Blocks.
+    pub fn is_wanted(&self) -> bool {
+        self.directory.is_dir()
+    }
+
+    /// Whether pods can have a network now; why not.
+    pub async fn ready(&self) -> Result<(), CniError> {
+        let list = NetworkList::of_directory(&self.directory)?;
+        for plugin in &list.plugins {
+            plugin::find(&plugin.program, &self.programs)?;
+        }
+        if list.has_status() {
+            for plugin in &list.plugins {
+                let config = configuration(&list, plugin, None, None);
+                let call = self.call(Operation::Status, plugin, None, config, STATUS_LIMIT);
+                call.await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls every plugin in order. After a failure [`Self::detach`] takes back what was done.
+    pub async fn attach(
+        &self,
+        sandbox: &str,
+        netns: &Path,
+        pod: &cri::PodSandboxConfig,
+    ) -> Result<Promise, NetworkError> {
+        let arguments = Arguments::of(sandbox, pod).map_err(CniError::Pod)?;
+        let (this, id, netns) = (self.clone(), sandbox.to_owned(), netns.to_owned());
+        let mut attachment = blocking(move || {
+            let list = NetworkList::of_directory(&this.directory)?;
+            heard(&list, &arguments).map_err(CniError::Pod)?;
+            let attachment = Attachment {
+                list,
+                arguments,
+                netns,
+                result: Value::Null,
+                failures: 0,
+            };
+            // Before the first plugin: what it does is found again after a crash.
+            this.cache.save(&id, &attachment)?;
+            Ok(attachment)
+        })
+        .await?;
+        for plugin in &attachment.list.plugins {
+            let answer = self
+                .step(Operation::Add, sandbox, &attachment, plugin)
+                .await?;
+            attachment.result = answer;
+        }
+        let network = attachment.list.name.clone();
+        let promise = Promise::read(&attachment.result).map_err(|why| CniError::Broken {
+            network: network.clone(),
+            why: format!("the answer of the last plugin is wrong: {why}"),
+        })?;
+        if promise.addresses.is_empty() {
+            let why = "they give the pod no address".to_owned();
+            return Err(CniError::Broken { network, why }.into());
+        }
+        self.save(sandbox, attachment).await?;
+        Ok(promise)
+    }
+
+    /// Calls every plugin in the reverse order, if the sandbox was attached; whether it was. All
+    /// are called; the first failure is told. Some failures later the attachment is forgotten, so
+    /// that a plugin that is gone keeps no pod from going.
+    pub async fn detach(&self, sandbox: &str) -> Result<bool, NetworkError> {
+        let Some(mut attachment) = self.load(sandbox).await? else {
+            return Ok(false);
+        };
+        let mut result = Ok(());
+        for plugin in attachment.list.plugins.iter().rev() {
+            let step = self.step(Operation::Del, sandbox, &attachment, plugin);
+            result = result.and(step.await.map(drop));
+        }
+        if let Err(error) = result {
+            attachment.failures += 1;
+            if attachment.failures < PATIENCE {
+                self.save(sandbox, attachment).await?;
+                return Err(error.into());
+            }
+            tracing::error!(
+                sandbox, %error, failures = attachment.failures,
+                "the pod's network may have left something behind on this host"
+            );
+        }
+        let (cache, sandbox) = (self.cache.clone(), sandbox.to_owned());
+        blocking(move || cache.remove(&sandbox)).await?;
+        Ok(true)
+    }
+
+    /// Takes back the attachments of sandboxes that are not among `known`, and lets plugins find
+    /// what else is nobody's. Failures are told to the log: nobody waits.
+    pub async fn collect(&self, known: &[String]) {
+        let cache = self.cache.clone();
+        let attached = tokio::task::spawn_blocking(move || cache.sandboxes()).await;
+        let (kept, left): (Vec<_>, Vec<_>) = attached
+            .unwrap_or_default()
+            .into_iter()
+            .partition(|sandbox| known.contains(sandbox));
+        for sandbox in left {
+            if let Err(error) = self.detach(&sandbox).await {
+                tracing::warn!(sandbox, %error, "a network that no pod has was not taken back");
+            }
+        }
+        let Ok(list) = NetworkList::of_directory(&self.directory) else {
+            return; // The status says so.
+        };
+        if !list.has_status() || list.disable_gc {
+            return;
+        }
+        let valid: Vec<Value> = kept
+            .iter()
+            .map(|sandbox| json!({"containerID": sandbox, "ifname": POD_LINK}))
+            .collect();
+        for plugin in &list.plugins {
+            let mut config = configuration(&list, plugin, None, None);
+            config["cni.dev/valid-attachments"] = valid.clone().into();
+            let call = self.call(Operation::Gc, plugin, None, config, plugin::TIME_LIMIT);
+            if let Err(error) = call.await {
+                tracing::warn!(%error, "what pods of earlier have left was not collected");
+            }
+        }
+    }
+
+    async fn step(
+        &self,
+        operation: Operation,
+        sandbox: &str,
+        attachment: &Attachment,
+        plugin: &Plugin,
+    ) -> Result<Value, CniError> {
+        let list = &attachment.list;
+        let about = About {
+            container: sandbox,
+            netns: &attachment.netns,
+            interface: POD_LINK,
+            arguments: &attachment.arguments.line,
+        };
+        let told = operation == Operation::Add || list.del_has_result();
+        let before = Some(&attachment.result).filter(|result| told && !result.is_null());
+        let config = configuration(list, plugin, Some(&attachment.arguments), before);
+        self.call(operation, plugin, Some(about), config, plugin::TIME_LIMIT)
+            .await
+    }
+
+    async fn call(
+        &self,
+        operation: Operation,
+        plugin: &Plugin,
+        about: Option<About<'_>>,
+        config: Value,
+        limit: Duration,
+    ) -> Result<Value, CniError> {
+        let (program, places) = (&plugin.program, &self.programs);
+        plugin::call(operation, program, places, about, &config, limit).await
+    }
+
+    async fn load(&self, sandbox: &str) -> Result<Option<Attachment>, NetworkError> {
+        let (cache, sandbox) = (self.cache.clone(), sandbox.to_owned());
+        blocking(move || cache.load(&sandbox)).await
+    }
+
+    async fn save(&self, sandbox: &str, attachment: Attachment) -> Result<(), NetworkError> {
+        let (cache, sandbox) = (self.cache.clone(), sandbox.to_owned());
+        blocking(move || cache.save(&sandbox, &attachment)).await
+    }
+}
+
+/// Whether the network has plugins for what the pod asks of it; else it would go without.
+fn heard(list: &NetworkList, arguments: &Arguments) -> Result<(), String> {
+    for (name, what) in [
+        ("portMappings", "ports of the host"),
+        ("bandwidth", "limits of its bandwidth"),
+    ] {
+        let mut wanted = list.plugins.iter().flat_map(|plugin| &plugin.capabilities);
+        if arguments.capabilities.contains_key(name) && !wanted.any(|wanted| wanted == name) {
+            return Err(format!(
+                "it asks for {what}, and no plugin of the network {} has the capability {name}",
+                list.name
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What one plugin of a list reads: its own part, and what the specification adds (section 3,
+/// "Deriving execution configuration from plugin configuration").
+fn configuration(
+    list: &NetworkList,
+    plugin: &Plugin,
+    arguments: Option<&Arguments>,
+    result: Option<&Value>,
+) -> Value {
+    let mut config: Map<String, Value> = plugin.config.clone();
+    config.remove("capabilities");
+    config.insert("cniVersion".to_owned(), list.version.clone().into());
+    config.insert("name".to_owned(), list.name.clone().into());
+    if let Some(arguments) = arguments {
+        let runtime = arguments.runtime_config(&plugin.capabilities);
+        if !runtime.is_empty() {
+            config.insert("runtimeConfig".to_owned(), runtime.into());
+        }
+    }
+    if let Some(result) = result {
+        config.insert("prevResult".to_owned(), result.clone());
+    }
+    config.into()
+}
+
+#[cfg(test)]
+mod tests;
