@@ -212,7 +212,7 @@ fn virtiofsd(parts: &Parts, desk: &Desk) -> Result<Command> {
 fn qemu(job: &Job, parts: &Parts, desk: &Desk) -> Command {
     let file = |name: &str| desk.file(name).display().to_string();
     let mut kernel_line = "quiet loglevel=4 console=ttyS0 panic=-1 nokaslr mitigations=off \
-                           random.trust_cpu=on"
+                           random.trust_cpu=on no_timer_check"
         .to_owned();
     let mut command = bound(Path::new("qemu-system-x86_64"));
     command.args([
