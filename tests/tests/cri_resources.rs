@@ -400,14 +400,21 @@ fn pods_memory_limit_holds_for_all_its_containers(node: &Node) -> Result<()> {
     *pod_resources(&mut config) = memory(64);
     let pod = Pod::run(node.cri()?, config)?;
     let image = node.base()?;
-    let neighbour = pod.start(&sleeper("neighbour", &image))?;
-    let hungry = container("hungry", &image, &["tail", "/dev/zero"]);
+    let mut neighbour = sleeper("neighbour", &image);
+    *resources(&mut neighbour) = memory(32);
+    let neighbour = pod.start(&neighbour)?;
+    let mut hungry = container("hungry", &image, &["tail", "/dev/zero"]);
+    *resources(&mut hungry) = memory(128);
     let status = pod.run_to_end(&hungry)?.status;
     ensure!(status.reason == "OOMKilled", "{status:?}");
     ensure!(
         pod.cri.shell(&neighbour, "echo fine")? == "fine",
         "the neighbour"
     );
+    // One that states no limit does not live on what the others are limited to.
+    let line = "awk 'BEGIN { s = \"x\"; while (length(s) < 60000000) s = s s; print length(s) }'";
+    let ended = pod.run_to_end(&shell("free", &image, line))?;
+    ensure!(ended.stdout() == "67108864\n", "{:?}", ended.status);
     Ok(())
 }
 
@@ -436,7 +443,8 @@ fn pod_update_changes_guest_and_host(node: &Node) -> Result<()> {
     ensure!(host("cpu.max")? == "150000 50000", "{:?}", host("cpu.max"));
     update_pod(cri, &pod.id, &limits(|limits| limits.cpu_quota = -1))?;
     ensure!(host("cpu.max")? == "max 50000", "{:?}", host("cpu.max"));
-    let hungry = container("hungry", &node.base()?, &["tail", "/dev/zero"]);
+    let mut hungry = container("hungry", &node.base()?, &["tail", "/dev/zero"]);
+    *resources(&mut hungry) = memory(128);
     let status = pod.run_to_end(&hungry)?.status;
     ensure!(status.reason == "OOMKilled", "{status:?}");
     let unknown = update_pod(cri, "0123456789abcdef", &asked);

@@ -93,6 +93,7 @@ impl Owner {
             log_path,
             state: ContainerState::Creating,
         };
+        self.lift_for(&limits, deadline).await?;
         self.place(&id, &limits).await?;
         self.record.containers.insert(id.clone(), container);
         self.host.records.save(&self.record).await?;

@@ -6,7 +6,6 @@ use bulkhead_cri_api::v1 as cri;
 use oci_spec::runtime::LinuxResources;
 
 use super::SandboxError;
-use super::boot::blocking;
 use super::host::new_id;
 use super::owner::Owner;
 use super::state::ContainerState;
@@ -77,23 +76,23 @@ impl Owner {
         let mut config = self.record.config.clone();
         let linux = config.linux.get_or_insert_default();
         let present = linux.resources.take().unwrap_or_default();
-        let (whole, changed) = resource::change(&present, asked)?;
+        let (whole, _) = resource::change(&present, asked)?;
+        let (_, changed) = resource::change(&present, &self.held(asked))?;
         self.fits_the_vm(&present, asked)?;
         let present_overhead = linux.overhead.take().unwrap_or_default();
         let (overhead, _) = resource::change(&present_overhead, overhead)?;
+        let held = self.held(&whole);
         linux.resources = Some(whole);
         linux.overhead = Some(overhead);
         let changed = resource::of_pod(changed);
         self.update_guest("", &changed, None, deadline).await?;
-        let cgroup = self.host.cgroup(&self.record.id, &config)?;
-        let limits = on_host(&config);
-        blocking(move || Ok(cgroup.limit(&limits)?)).await?;
+        self.limit_host(config.clone(), held).await?;
         self.record.config = config;
         self.commit().await;
         Ok(())
     }
 
-    async fn update_guest(
+    pub(super) async fn update_guest(
         &self,
         container_id: &str,
         limits: &LinuxResources,

@@ -2,6 +2,7 @@
 //! finds the task, and reserves names.
 
 mod boot;
+mod ceiling;
 mod container;
 mod dns;
 mod error;
