@@ -21,7 +21,9 @@ pub mod user;
 
 pub use cgroup::{Cgroup, CgroupError};
 pub use launch::LaunchError;
-pub use owner::{Container, NewContainer, NewExec, State, Surroundings, Target, off, remove};
+pub use owner::{
+    Container, NewContainer, NewExec, State, Surroundings, Target, discard, off, remove,
+};
 pub use plan::PlanError;
 pub use process::{Endpoint, Exit, Which};
 pub use terminal::Size;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags,
@@ -172,6 +173,8 @@ pub enum Missing {
 
 /// Most components of a path in a container: what PATH_MAX allows anyway.
 const MOST_COMPONENTS: usize = 256;
+/// How often a path is resolved anew that others disturb.
+const MOST_TRIES: usize = 1000;
 
 impl Root {
     /// Takes the directory.
@@ -191,13 +194,24 @@ impl Root {
 
     /// Opens a path, following links inside the root.
     pub fn open(&self, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
-        Ok(rustix::fs::openat2(
-            &self.directory,
-            if path.is_empty() { "." } else { path },
-            flags | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        )?)
+        let path = if path.is_empty() { "." } else { path };
+        Ok(self.resolve(path, flags, ResolveFlags::NO_MAGICLINKS)?)
+    }
+
+    /// openat2(2) inside the root. It answers EAGAIN where anything on this machine was renamed or
+    /// mounted just while a `..` was resolved, and the caller is to try again; a container that
+    /// renames all the time shall not keep others waiting for ever.
+    fn resolve(&self, path: &str, flags: OFlags, how: ResolveFlags) -> Result<OwnedFd, Errno> {
+        let how = how | ResolveFlags::IN_ROOT;
+        let flags = flags | OFlags::CLOEXEC;
+        let open = || rustix::fs::openat2(&self.directory, path, flags, Mode::empty(), how);
+        for _ in 0..MOST_TRIES {
+            match open() {
+                Err(Errno::AGAIN) => std::thread::yield_now(),
+                done => return done,
+            }
+        }
+        open()
     }
 
     /// As [`Root::find`], making what is missing: directories with mode 0755 on the way.
@@ -236,25 +250,18 @@ impl Root {
     /// As [`Root::find_or_make`] of a directory to which no symbolic link leads.
     pub fn find_or_make_plain(&self, path: &str) -> io::Result<OwnedFd> {
         let find = || {
-            rustix::fs::openat2(
-                &self.directory,
-                path,
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-                ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS,
-            )
+            let flags = OFlags::PATH | OFlags::DIRECTORY;
+            self.resolve(path, flags, ResolveFlags::NO_SYMLINKS)
         };
         let found = match find() {
-            Err(rustix::io::Errno::NOENT) => {
+            Err(Errno::NOENT) => {
                 self.find_or_make(path, Missing::Directory)?;
                 find()
             }
             found => found,
         };
         found.map_err(|error| match error {
-            rustix::io::Errno::LOOP => {
-                io::Error::other("a symbolic link of the image stands on the way")
-            }
+            Errno::LOOP => io::Error::other("a symbolic link of the image stands on the way"),
             error => error.into(),
         })
     }

@@ -259,8 +259,8 @@ impl Sandbox {
         match Container::create(new, self.surroundings.clone()).await {
             Ok((container, pid)) => Ok((container, Created { pid, ..created })),
             Err(error) => {
-                let _ = cgroup.kill();
-                let _ = off(move || container::remove(&cgroup, &directories)).await;
+                // What cannot be removed now stays; why the container cannot be made says more.
+                let _ = container::discard(cgroup, directories).await;
                 Err(error.into())
             }
         }

@@ -10,6 +10,8 @@ use bulkhead_tests::{Node, suite};
 use tonic::Code;
 
 suite! {
+    kernel_starts_no_program_for_a_container,
+    user_that_means_no_change_is_refused,
     supplemental_groups_are_merged_or_strict,
     status_shows_the_groups_in_effect,
     ambient_capabilities_reach_a_user,
@@ -454,6 +456,43 @@ fn passwd_that_is_no_file_is_refused_by_name(node: &Node) -> Result<()> {
         let message = refusal(&pod, &sleeper(name, &image))?;
         ensure!(message.contains("/etc/passwd"), "{name}: {message}");
         ensure!(message.contains(wanted), "{name}: {message}");
+    }
+    Ok(())
+}
+
+/// A dump's pipe would be served by root beside all containers.
+fn kernel_starts_no_program_for_a_container(node: &Node) -> Result<()> {
+    let pod = node.pod("dumps")?;
+    let line = "echo 'echo > /proc/$1/root/owned' > /helper
+        echo '|/proc/%P/root/bin/sh /proc/%P/root/helper %P' > /proc/sys/kernel/core_pattern
+        cat /proc/sys/kernel/core_pattern
+        sh -c 'ulimit -c unlimited; kill -SEGV $$'; sleep 2; ls /owned";
+    let ended = pod.run_to_end(&shell("dumps", &node.base()?, line))?;
+    ensure!(
+        ended.stdout() == "|/proc/%P/root/bin/sh /proc/%P/root/helper %P\n",
+        "{:?}",
+        ended.stdout()
+    );
+    ensure!(
+        ended.stderr().contains("No such file"),
+        "{:?}",
+        ended.stderr()
+    );
+    Ok(())
+}
+
+/// To the kernel 2^32 - 1 is no id but "leave it": root would stay root.
+fn user_that_means_no_change_is_refused(node: &Node) -> Result<()> {
+    let pod = node.pod("no-change")?;
+    for user in ["4294967295", "2147483648", "0:4294967295"] {
+        let mut config = sleeper("nobody", &node.base()?);
+        security(&mut config).run_as_username = user.to_owned();
+        let answer = pod.cri.create(&pod.id, &config, &pod.config);
+        let message = refused(answer, &[Code::InvalidArgument])?;
+        ensure!(
+            message.contains("is more than 2147483647"),
+            "{user}: {message}"
+        );
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use bulkhead_tests::{Node, suite};
 suite! {
     failing_container_is_restarted_without_growth,
     execs_are_repeated_without_growth,
+    refused_container_is_repeated_without_growth,
 }
 
 /// More answers than the agent remembers.
@@ -86,6 +87,21 @@ fn execs_are_repeated_without_growth(node: &Node) -> Result<()> {
     }
     for _ in 0..counted(100) {
         exec_works(&pod, &id)?;
+    }
+    Usage::returns_to(&before, &pod)
+}
+
+fn refused_container_is_repeated_without_growth(node: &Node) -> Result<()> {
+    let pod = node.pod("refused")?;
+    let image = node.base()?;
+    let stays = pod.start(&sleeper("stays", &image))?;
+    // Found out only inside, when all else of the container is made.
+    let mut config = sleeper("nowhere", &image);
+    config.working_dir = "/etc/passwd/below".to_owned();
+    pod.cri.stop(&stays, 0)?;
+    let before = Usage::settled(&pod)?;
+    for _ in 0..counted(10) {
+        ensure!(pod.create(&config).is_err(), "a file has nothing below");
     }
     Usage::returns_to(&before, &pod)
 }

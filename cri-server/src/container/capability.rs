@@ -70,23 +70,32 @@ const DEFAULT: [Capability; 14] = [
     Capability::SysChroot,
 ];
 
-/// The sets for what CRI `Capability` asks: `ALL` first, then the names added, then the names
-/// dropped; ambient ones must be among what is left.
+/// The sets for what CRI `Capability` asks: `ALL` added, `ALL` dropped, then the names added, then
+/// the names dropped. Ambient ones are held as well; one that is dropped cannot be.
 pub fn sets(asked: &cri::Capability, privileged: bool) -> Result<LinuxCapabilities, SpecError> {
     let mut held: HashSet<Capability> = DEFAULT.into_iter().collect();
     if privileged || names_all(&asked.add_capabilities) {
         held.extend(ALL);
-    } else if names_all(&asked.drop_capabilities) {
-        held.clear();
     }
+    let mut dropped = Vec::new();
     if !privileged {
-        held.extend(parse(&asked.add_capabilities, "add_capabilities")?);
-        for dropped in parse(&asked.drop_capabilities, "drop_capabilities")? {
-            held.remove(&dropped);
+        if names_all(&asked.drop_capabilities) {
+            held.clear();
         }
+        held.extend(parse(&asked.add_capabilities, "add_capabilities")?);
+        dropped = parse(&asked.drop_capabilities, "drop_capabilities")?;
+        held.retain(|capability| !dropped.contains(capability));
+    }
+    let field = "add_ambient_capabilities";
+    let invalid = |reason: String| SpecError::Invalid { field, reason };
+    if names_all(&asked.add_ambient_capabilities) {
+        return Err(invalid("ALL is no capability; name each".to_owned()));
     }
     let mut ambient = HashSet::new();
-    for capability in parse(&asked.add_ambient_capabilities, "add_ambient_capabilities")? {
+    for capability in parse(&asked.add_ambient_capabilities, field)? {
+        if dropped.contains(&capability) {
+            return Err(invalid(format!("{capability} is dropped as well")));
+        }
         // The kernel refuses an ambient capability that is not permitted.
         held.insert(capability);
         ambient.insert(capability);
@@ -148,6 +157,7 @@ mod tests {
     fn all_is_everything_or_nothing() {
         assert_eq!(bounding(&["ALL"], &[]).len(), ALL.len());
         assert!(bounding(&[], &["all"]).is_empty());
+        assert!(bounding(&["ALL"], &["ALL"]).is_empty());
         let only = bounding(&["NET_BIND_SERVICE"], &["ALL"]);
         assert_eq!(only, HashSet::from([Capability::NetBindService]));
         let but = bounding(&["ALL"], &["SYS_ADMIN"]);
@@ -175,5 +185,18 @@ mod tests {
         let only = Some(HashSet::from([Capability::NetRaw]));
         assert_eq!(sets.ambient(), &only);
         assert_eq!(sets.permitted(), &only);
+    }
+
+    #[test]
+    fn an_ambient_capability_is_named_and_not_dropped() {
+        for (ambient, word) in [("ALL", "name each"), ("KILL", "dropped")] {
+            let asked = cri::Capability {
+                drop_capabilities: vec!["KILL".into()],
+                add_ambient_capabilities: vec![ambient.into()],
+                ..Default::default()
+            };
+            let refusal = sets(&asked, false).unwrap_err().to_string();
+            assert!(refusal.contains(word), "{refusal}");
+        }
     }
 }

@@ -92,6 +92,12 @@ fn host_file(mount: &cri::Mount) -> Result<HostFile, SpecError> {
             "the container path {path:?} is not a plain absolute path"
         )));
     }
+    if cri::MountPropagation::try_from(mount.propagation).is_err() {
+        return Err(invalid(format!(
+            "{} at {path} is no propagation the CRI knows",
+            mount.propagation
+        )));
+    }
     if mount.propagation() == cri::MountPropagation::PropagationBidirectional {
         return Err(unsupported(format!(
             "Bidirectional propagation at {path}: mounts made in a guest cannot appear on the host"

@@ -38,15 +38,17 @@ pub fn asked(security: &cri::LinuxContainerSecurityContext) -> Result<Asked, Spe
     let Some(profile) = &security.seccomp else {
         return by_name(security);
     };
-    match ProfileType::try_from(profile.profile_type) {
-        Ok(ProfileType::RuntimeDefault) => Ok(Asked::Default),
-        Ok(ProfileType::Unconfined) => Ok(Asked::Unconfined),
-        Ok(ProfileType::Localhost) => file(&profile.localhost_ref),
-        Err(_) => Err(invalid(format!(
-            "{} is no type of profile",
-            profile.profile_type
-        ))),
+    match known(profile)? {
+        ProfileType::RuntimeDefault => Ok(Asked::Default),
+        ProfileType::Unconfined => Ok(Asked::Unconfined),
+        ProfileType::Localhost => file(&profile.localhost_ref),
     }
+}
+
+/// The type of a profile, if it is one.
+pub fn known(profile: &cri::SecurityProfile) -> Result<ProfileType, SpecError> {
+    ProfileType::try_from(profile.profile_type)
+        .map_err(|_| invalid(format!("{} is no type of profile", profile.profile_type)))
 }
 
 /// The form before Kubernetes 1.19: a word.

@@ -97,6 +97,11 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
         }
     }
     check_labels(security.selinux_options.as_ref())?;
+    check_apparmor(security.apparmor.as_ref())?;
+    check_policy(security.supplemental_groups_policy)?;
+    if let Some(profile) = &security.seccomp {
+        seccomp::known(profile)?;
+    }
     if pod.windows.is_some() {
         return Err(unsupported("windows", "pods are Linux"));
     }
@@ -257,19 +262,12 @@ fn check_container(
         let reason = format!("the host's {} does not exist in the guest", device.name);
         return Err(unsupported("cdi_devices", reason));
     }
-    let policy = security.supplemental_groups_policy;
-    if cri::SupplementalGroupsPolicy::try_from(policy).is_err() {
-        let reason = format!("{policy} is no policy the CRI knows");
-        return Err(invalid(
-            "security_context.supplemental_groups_policy",
-            reason,
-        ));
+    if cri::Signal::try_from(container.stop_signal).is_err() {
+        let reason = format!("{} is no signal the CRI knows", container.stop_signal);
+        return Err(invalid("stop_signal", reason));
     }
-    let profile = security.apparmor.as_ref().filter(is_localhost);
-    if let Some(profile) = profile {
-        let reason = format!("the guest has no profile {}", profile.localhost_ref);
-        return Err(unsupported("security_context.apparmor", reason));
-    }
+    check_policy(security.supplemental_groups_policy)?;
+    check_apparmor(security.apparmor.as_ref())?;
     // Deprecated, and still filled in by old kubelets.
     #[allow(deprecated)]
     let profile = security.apparmor_profile.as_str();
@@ -290,8 +288,29 @@ fn check_labels(labels: Option<&cri::SeLinuxOption>) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn is_localhost(profile: &&cri::SecurityProfile) -> bool {
-    profile.profile_type() == cri::security_profile::ProfileType::Localhost
+fn check_policy(policy: i32) -> Result<(), SpecError> {
+    match cri::SupplementalGroupsPolicy::try_from(policy) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(invalid(
+            "security_context.supplemental_groups_policy",
+            format!("{policy} is no policy the CRI knows"),
+        )),
+    }
+}
+
+fn check_apparmor(profile: Option<&cri::SecurityProfile>) -> Result<(), SpecError> {
+    use cri::security_profile::ProfileType;
+    let Some(profile) = profile else {
+        return Ok(());
+    };
+    let reason = match ProfileType::try_from(profile.profile_type) {
+        Ok(ProfileType::RuntimeDefault | ProfileType::Unconfined) => return Ok(()),
+        Ok(ProfileType::Localhost) => {
+            format!("the guest has no profile {}", profile.localhost_ref)
+        }
+        Err(_) => format!("{} is no type of profile", profile.profile_type),
+    };
+    Err(unsupported("security_context.apparmor", reason))
 }
 
 /// The container whose PID namespace is joined (CRI `NamespaceOption.target_id`).

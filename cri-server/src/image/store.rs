@@ -125,8 +125,9 @@ impl ImageUser {
         let user = user.split(':').next().unwrap_or_default();
         match user.parse() {
             _ if user.is_empty() => ImageUser::Unset,
-            Ok(uid) => ImageUser::Uid(uid),
-            Err(_) => ImageUser::Name(user.to_string()),
+            // No process can have others: nobody shall take it for a user that is not root.
+            Ok(uid) if uid <= i32::MAX as u32 => ImageUser::Uid(uid),
+            _ => ImageUser::Name(user.to_string()),
         }
     }
 }

@@ -443,27 +443,31 @@ impl Owner {
             }
             _ => {}
         }
-        self.cgroup.kill()?;
-        process::emptied(&self.cgroup).await;
         self.execs.clear();
-        let cgroup = self.cgroup.clone();
-        let directories = self.directories.clone();
-        off(move || remove(&cgroup, &directories)).await?
+        discard(self.cgroup.clone(), self.directories.clone()).await
     }
 }
 
-/// Removes a container's group and directories; what is already gone is no error.
+/// Ends what is in a container's group, and removes it and the container's directories.
+pub async fn discard(cgroup: Cgroup, directories: Vec<String>) -> Result<(), ContainerError> {
+    cgroup.kill()?;
+    process::emptied(&cgroup).await;
+    off(move || remove(&cgroup, &directories)).await?
+}
+
+/// Removes a container's group and directories; what is already gone is no error. All are tried,
+/// the first failure is told.
 pub fn remove(cgroup: &Cgroup, directories: &[String]) -> Result<(), ContainerError> {
-    cgroup.remove()?;
+    let mut removed = cgroup.remove().map_err(ContainerError::from);
     for directory in directories {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(ContainerError::Internal(format!(
+                removed = removed.and(Err(ContainerError::Internal(format!(
                     "cannot remove {directory}: {error}"
-                )));
+                ))));
             }
             _ => {}
         }
     }
-    Ok(())
+    removed
 }

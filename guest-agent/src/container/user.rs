@@ -11,6 +11,8 @@ use crate::mount::Root;
 
 /// Most bytes of either file. That of a distribution with a thousand users has a tenth of it.
 const MOST: u64 = 1 << 20;
+/// The largest id of a user or a group.
+const MOST_ID: u32 = i32::MAX as u32;
 /// Most supplementary groups of a process, the kernel's NGROUPS_MAX.
 const MOST_GROUPS: usize = 65_536;
 
@@ -31,9 +33,14 @@ pub fn resolve(user: &mut User, image: &str, merge: bool) -> Result<(), PlanErro
         let group = read(image, "/etc/group").map_err(invalid)?;
         (user.uid, user.gid, groups) = identify(&name, &passwd, &group).map_err(invalid)?;
     }
-    if !merge {
-        groups.clear();
+    // To the kernel 2^32 - 1 is "leave it as it is": a process asked to have that id stays root. As
+    // other runtimes do, the upper half is refused as a whole.
+    let ids = [user.uid, user.gid].into_iter();
+    let mut ids = ids.chain(user.additional_gids.iter().copied());
+    if let Some(id) = ids.find(|id| *id > MOST_ID) {
+        return Err(invalid(format!("the id {id} is more than {MOST_ID}")));
     }
+    groups.retain(|group| merge && *group <= MOST_ID);
     let asked = std::mem::take(&mut user.additional_gids);
     let mut known = std::collections::HashSet::new();
     user.additional_gids = std::iter::once(user.gid)
@@ -201,6 +208,25 @@ mod tests {
         };
         assert_eq!(groups(true), [34, 7, 40]);
         assert_eq!(groups(false), [34, 7]);
+    }
+
+    #[test]
+    fn an_id_that_means_no_change_is_refused() {
+        let image = image(|passwd| {
+            std::fs::write(passwd, "evil:x:4294967295:4294967295::/:/bin/sh\n").unwrap();
+        });
+        for name in ["4294967295", "0:4294967295", "2147483648", "evil"] {
+            let mut user = User {
+                username: Some(name.into()),
+                ..User::default()
+            };
+            let refused = resolve(&mut user, image.path().to_str().unwrap(), true);
+            let refusal = refused.unwrap_err().to_string();
+            assert!(
+                refusal.contains("more than 2147483647"),
+                "{name}: {refusal}"
+            );
+        }
     }
 
     /// An image whose /etc/passwd is made by `make`.

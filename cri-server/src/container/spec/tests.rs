@@ -362,6 +362,52 @@ fn values_the_cri_does_not_know_are_refused_and_named() {
 }
 
 #[test]
+fn kinds_the_cri_does_not_know_are_refused() {
+    let profile = |profile_type: i32| cri::SecurityProfile {
+        profile_type,
+        ..Default::default()
+    };
+    let container = |container: cri::ContainerConfig| {
+        let refusal = plan(&container, &pod(), &image()).unwrap_err().to_string();
+        assert!(refusal.contains('9'), "{refusal}");
+    };
+    container(secured(cri::LinuxContainerSecurityContext {
+        apparmor: Some(profile(9)),
+        ..Default::default()
+    }));
+    container(cri::ContainerConfig {
+        stop_signal: 99,
+        ..Default::default()
+    });
+    container(cri::ContainerConfig {
+        mounts: vec![cri::Mount {
+            container_path: "/etc/hosts".into(),
+            host_path: "/etc/hosts".into(),
+            propagation: 9,
+            ..Default::default()
+        }],
+        ..Default::default()
+    });
+    for security in [
+        cri::LinuxSandboxSecurityContext {
+            apparmor: Some(profile(9)),
+            ..Default::default()
+        },
+        cri::LinuxSandboxSecurityContext {
+            seccomp: Some(profile(9)),
+            ..Default::default()
+        },
+        cri::LinuxSandboxSecurityContext {
+            supplemental_groups_policy: 9,
+            ..Default::default()
+        },
+    ] {
+        let refusal = check_pod(&pod_with(security)).unwrap_err().to_string();
+        assert!(refusal.contains('9'), "{refusal}");
+    }
+}
+
+#[test]
 fn a_target_has_a_name_and_is_no_pods() {
     let target = |id: &str| cri::NamespaceOption {
         pid: cri::NamespaceMode::Target.into(),
