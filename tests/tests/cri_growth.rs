@@ -98,10 +98,15 @@ fn refused_container_is_repeated_without_growth(node: &Node) -> Result<()> {
     // Found out only inside, when all else of the container is made.
     let mut config = sleeper("nowhere", &image);
     config.working_dir = "/etc/passwd/below".to_owned();
-    pod.cri.stop(&stays, 0)?;
+    let refused = |times: u32| -> Result<()> {
+        for _ in 0..times {
+            ensure!(pod.create(&config).is_err(), "a file has nothing below");
+        }
+        Ok(())
+    };
+    fill_memory_of_answers(&pod, &stays)?;
+    refused(counted(10))?;
     let before = Usage::settled(&pod)?;
-    for _ in 0..counted(10) {
-        ensure!(pod.create(&config).is_err(), "a file has nothing below");
-    }
+    refused(counted(20))?;
     Usage::returns_to(&before, &pod)
 }
