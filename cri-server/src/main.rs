@@ -11,6 +11,7 @@ mod image;
 mod network;
 mod numbers;
 mod pulls;
+mod replace;
 mod sandbox;
 mod service;
 mod vm;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::CARDS;
 use super::cni::CniError;
 use super::prefix::Ipv4Prefix;
 
@@ -91,7 +92,7 @@ pub enum NetworkError {
         why: String,
     },
     /// More links than cards.
-    #[error("the pod has {0} links; 8 are possible")]
+    #[error("the pod has {0} links; {CARDS} are possible")]
     Cards(usize),
     /// What plugins promised and did not do.
     #[error("CNI plugins promised {}, and the pod's links do not have them", .0.join(", "))]

@@ -1,9 +1,9 @@
 //! What a pod is, on disk: one file per pod, replaced as a whole.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{DirBuilder, File};
+use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_api::Secret;
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{ContainerState, PodState};
 use super::undo::UndoList;
 use super::{SandboxError, host};
+use crate::replace::replace;
 
 /// Version of [`Record`]; no other has been written yet, and none is read.
 pub const VERSION: u32 = 1;
@@ -204,7 +205,7 @@ impl Records {
             .map_err(|error| RecordError::new(&path, "encoded", error))?;
         blocking(&directory, "written", move |directory| {
             private().recursive(true).create(directory)?;
-            replace(directory, &bytes)
+            replace(&directory.join(NAME), &bytes)
         })
         .await
     }
@@ -254,21 +255,6 @@ fn read(path: &Path) -> Result<Record, RecordError> {
         return Err(failed(std::io::Error::other(reason)));
     }
     Ok(record)
-}
-
-fn replace(directory: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let fresh = directory.join("record.json.new");
-    let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&fresh, directory.join(NAME))?;
-    File::open(directory)?.sync_all()
 }
 
 fn private() -> DirBuilder {

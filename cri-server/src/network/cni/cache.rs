@@ -1,10 +1,10 @@
 //! What was asked of plugins, kept until they have taken it back: a server that starts anew, with
 //! another configuration perhaps, undoes exactly what was done.
 
-use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::arguments::Arguments;
 use super::list::NetworkList;
 use crate::network::NetworkError;
+use crate::replace::replace;
 
 /// A pod's attachment to its network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,19 +65,7 @@ impl Cache {
             .create(&self.directory)
             .map_err(fail)?;
         let text = serde_json::to_vec(attachment).map_err(|error| fail(error.into()))?;
-        let new = self.directory.join(format!("{sandbox}.new"));
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)
-            .map_err(fail)?;
-        file.write_all(&text)
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(fail)
+        replace(&path, &text).map_err(fail)
     }
 
     /// Forgets the attachment of a sandbox. Blocks.
@@ -100,6 +89,6 @@ impl Cache {
     }
 
     fn path(&self, sandbox: &str) -> PathBuf {
-        Path::new(&self.directory).join(format!("{sandbox}.json"))
+        self.directory.join(format!("{sandbox}.json"))
     }
 }

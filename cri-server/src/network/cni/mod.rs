@@ -127,11 +127,16 @@ impl Cni {
     }
 
     /// Whether pods can have a network now; why not.
-    pub async fn ready(&self) -> Result<(), CniError> {
-        let list = NetworkList::of_directory(&self.directory)?;
-        for plugin in &list.plugins {
-            plugin::find(&plugin.program, &self.programs)?;
-        }
+    pub async fn ready(&self) -> Result<(), NetworkError> {
+        let this = self.clone();
+        let looked = blocking(move || {
+            let list = NetworkList::of_directory(&this.directory)?;
+            for plugin in &list.plugins {
+                plugin::find(&plugin.program, &this.programs)?;
+            }
+            Ok(list)
+        });
+        let list = looked.await?;
         if list.has_status() {
             for plugin in &list.plugins {
                 let config = configuration(&list, plugin, None, None);
@@ -227,7 +232,9 @@ impl Cni {
                 tracing::warn!(sandbox, %error, "a network that no pod has was not taken back");
             }
         }
-        let Ok(list) = NetworkList::of_directory(&self.directory) else {
+        let directory = self.directory.clone();
+        let list = blocking(move || Ok(NetworkList::of_directory(&directory)?)).await;
+        let Ok(list) = list else {
             return; // The status says so.
         };
         if !list.has_status() || list.disable_gc {

@@ -164,7 +164,10 @@ async fn a_network_is_ready_when_it_and_its_plugins_are_there() {
     assert!(error.contains("two"), "{error}");
     fs::remove_file(machine.directory.path().join("net.d/10-net.conflist")).unwrap();
     let error = machine.cni.ready().await.unwrap_err();
-    assert!(matches!(error, CniError::NoNetwork(_)), "{error}");
+    assert!(
+        matches!(error, NetworkError::Cni(CniError::NoNetwork(_))),
+        "{error}"
+    );
 }
 
 #[tokio::test]
