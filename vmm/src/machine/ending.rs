@@ -17,6 +17,7 @@ pub struct Ending {
 
 enum How {
     Reset,
+    TripleFault(String),
     Failed(String),
 }
 
@@ -35,9 +36,14 @@ impl Ending {
         &self.event
     }
 
-    /// The guest reset its machine.
+    /// The guest asked for a reset of its machine.
     pub fn reset(&self) {
         self.tell(How::Reset);
+    }
+
+    /// The guest reset its machine by faults that it could not handle; `at` tells where.
+    pub fn triple_fault(&self, at: String) {
+        self.tell(How::TripleFault(at));
     }
 
     /// KVM or a device gave up.
@@ -63,8 +69,9 @@ impl Ending {
             .as_ref()?
         {
             How::Failed(why) => Some(ExitReason::Failed(why.clone())),
-            How::Reset if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
+            _ if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
             How::Reset => Some(ExitReason::GuestReset),
+            How::TripleFault(at) => Some(ExitReason::TripleFault(at.clone())),
         }
     }
 }
