@@ -14,6 +14,7 @@ mod pulls;
 mod replace;
 mod sandbox;
 mod service;
+mod stats;
 mod vm;
 
 fn main() -> std::process::ExitCode {

@@ -5,6 +5,7 @@ mod capability;
 pub mod cgroup;
 pub mod device;
 mod launch;
+pub mod layer;
 pub mod mapping;
 mod message;
 mod option;

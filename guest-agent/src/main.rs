@@ -12,6 +12,7 @@ mod operations;
 mod reap;
 mod sandbox;
 mod service;
+mod stats;
 mod stdio;
 mod sys;
 mod usage;

@@ -1,5 +1,6 @@
 //! The guest's network as the host describes it.
 
+mod figures;
 mod netlink;
 
 use std::fs;
@@ -10,6 +11,7 @@ use bulkhead_agent_api::v1::Interface;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
+pub use figures::figures;
 use netlink::LinkChange;
 
 /// Why the network is not as the host wants it.

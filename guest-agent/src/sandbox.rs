@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_agent_api::v1::{CreateContainerRequest, File, PrepareRequest};
+use bulkhead_agent_api::v1::{CreateContainerRequest, File, InterfaceStats, PrepareRequest};
 use bulkhead_agent_api::{Greeting, Purpose, Secret};
 use rustix::time::{ClockId, Timespec};
 use tokio::sync::{OnceCell, watch};
@@ -22,11 +22,11 @@ use crate::container::plan::{self, Place, Places};
 use crate::container::spec::{Resources, Spec};
 use crate::container::{
     self, Cgroup, Container, ContainerError, Endpoint, LaunchError, NewContainer, PlanError,
-    Surroundings, device, off, pause, user,
+    Surroundings, device, layer, off, pause, user,
 };
 use crate::dial::Dialer;
-use crate::disk::{DiskError, Disks, SCRATCH};
-use crate::network::NetworkError;
+use crate::disk::{DiskError, Disks};
+use crate::network::{self, NetworkError};
 use crate::reap::Reaper;
 
 /// Where files made for containers lie, by container.
@@ -194,6 +194,21 @@ impl Sandbox {
             .iter()
             .filter_map(|(id, known)| Some((id.clone(), known.clone()?)));
         all.collect()
+    }
+
+    /// The figures of the interfaces that are the pod's.
+    pub async fn interfaces(&self) -> Vec<InterfaceStats> {
+        let apart = self
+            .prepared
+            .get()
+            .and_then(|prepared| prepared.apart.clone());
+        let figures = off(move || match apart {
+            Some(apart) => apart
+                .inside(|| Ok::<_, LaunchError>(network::figures()))
+                .unwrap_or_default(),
+            None => network::figures(),
+        });
+        figures.await.unwrap_or_default()
     }
 
     /// Makes a container with its process held before its exec; on failure nothing of it stays.
@@ -385,7 +400,8 @@ fn set_out(
         let merge = !request.strict_groups;
         user::resolve(&mut process.user, &image, merge).map_err(ContainerError::from)?;
     }
-    let scratch = format!("{SCRATCH}/containers/{id}");
+    let layer = layer::place(&id);
+    let scratch = layer.to_string_lossy().into_owned();
     let home = format!("{FILES}/{id}");
     let mut files = request.files;
     let brought = |path: &str| {
@@ -435,8 +451,15 @@ fn set_out(
         "confine the container's devices",
         device::confine(&cgroup.path(), &rules),
     );
-    if let Err(error) = confined.and_then(|()| write_files(&home, &files, places.mapping.as_ref()))
-    {
+    let filled = confined
+        .and_then(|()| {
+            step(
+                "make a place for the container's changes",
+                layer::make(&layer),
+            )
+        })
+        .and_then(|()| write_files(&home, &files, places.mapping.as_ref()));
+    if let Err(error) = filled {
         let _ = container::remove(&cgroup, &directories);
         return Err(error);
     }

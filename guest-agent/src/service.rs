@@ -13,7 +13,7 @@ use crate::disk::DiskError;
 use crate::network::NetworkError;
 use crate::operations::Operations;
 use crate::sandbox::{Sandbox, SandboxError, check_id, set_time};
-use crate::usage;
+use crate::{stats, usage};
 
 /// Largest request: a specification and a container's files.
 pub const MOST_REQUEST_BYTES: usize = 16 << 20;
@@ -365,6 +365,10 @@ impl Agent for Service {
             .await;
         opened.map_err(refuse)?;
         Ok(Response::new(api::OpenStreamResponse {}))
+    }
+
+    async fn stats(&self, _: Request<api::StatsRequest>) -> Answer<api::StatsResponse> {
+        Ok(Response::new(stats::look(&self.sandbox).await))
     }
 
     async fn usage(&self, _: Request<api::UsageRequest>) -> Answer<api::UsageResponse> {

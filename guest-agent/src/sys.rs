@@ -283,6 +283,63 @@ pub fn grow_ext4(root: BorrowedFd<'_>, blocks: u64) -> io::Result<()> {
     checked(unsafe { libc::ioctl(root.as_raw_fd(), RESIZE, &blocks) }.into()).map(drop)
 }
 
+/// Makes a directory, and what will be made in it, count for quota project `project`.
+pub fn set_project(directory: BorrowedFd<'_>, project: u32) -> io::Result<()> {
+    // _IOW('X', 32, struct fsxattr)
+    const SET_ATTRIBUTES: libc::c_ulong = 0x401c_5820;
+    const INHERIT: u32 = 0x200;
+    /// `struct fsxattr` of include/uapi/linux/fs.h.
+    #[repr(C)]
+    struct Attributes {
+        flags: u32,
+        extent_size: u32,
+        extents: u32,
+        project: u32,
+        copy_extent_size: u32,
+        padding: [u8; 8],
+    }
+    let attributes = Attributes {
+        flags: INHERIT,
+        extent_size: 0,
+        extents: 0,
+        project,
+        copy_extent_size: 0,
+        padding: [0; 8],
+    };
+    // SAFETY: the request reads one structure of this shape.
+    let set = unsafe { libc::ioctl(directory.as_raw_fd(), SET_ATTRIBUTES, &attributes) };
+    checked(set.into()).map(drop)
+}
+
+/// The bytes and inodes of quota project `project` on the file system of `directory`.
+pub fn project_usage(directory: BorrowedFd<'_>, project: u32) -> io::Result<(u64, u64)> {
+    // QCMD(Q_GETQUOTA, PRJQUOTA)
+    const GET: libc::c_uint = 0x8000_0702;
+    /// `struct if_dqblk` of include/uapi/linux/quota.h.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Quota {
+        block_limits: [u64; 2],
+        bytes: u64,
+        inode_limits: [u64; 2],
+        inodes: u64,
+        times: [u64; 2],
+        valid: u32,
+    }
+    let mut quota = Quota::default();
+    // SAFETY: the call writes one structure of this shape.
+    let got = unsafe {
+        libc::syscall(
+            libc::SYS_quotactl_fd,
+            directory.as_raw_fd(),
+            GET,
+            project,
+            &mut quota,
+        )
+    };
+    checked(got).map(|_| (quota.bytes, quota.inodes))
+}
+
 /// Feeds `entropy` (at most 512 bytes) to the random generator and makes it use it at once.
 pub fn feed_random(device: BorrowedFd<'_>, entropy: &[u8]) -> io::Result<()> {
     const ADD: libc::c_ulong = 0x4008_5203;

@@ -167,6 +167,20 @@ impl Cri {
         image_fs_info(ImageFsInfoRequest) -> ImageFsInfoResponse;
     }
 
+    /// The next message of a stream; nothing at its end.
+    pub fn next<T>(&self, stream: &mut Streaming<T>) -> Answer<Option<T>> {
+        self.runtime.block_on(stream.message())
+    }
+
+    /// All messages of a stream, to its end.
+    pub fn all<T>(&self, mut stream: Streaming<T>) -> Answer<Vec<T>> {
+        let mut messages = Vec::new();
+        while let Some(message) = self.next(&mut stream)? {
+            messages.push(message);
+        }
+        Ok(messages)
+    }
+
     /// Runs a pod of the default handler and answers its id.
     pub fn run_pod(&self, config: &PodSandboxConfig) -> Answer<String> {
         let request = RunPodSandboxRequest {

@@ -23,8 +23,13 @@ pub fn connect(address: SocketAddr) -> Result<TcpStream> {
 
 /// The first page of a web server that may still be starting, without its header.
 pub fn fetch(address: SocketAddr) -> Result<String> {
+    get(address, "/")
+}
+
+/// As [`fetch`], another page.
+pub fn get(address: SocketAddr, path: &str) -> Result<String> {
     let mut stream = connect(address)?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut reply = String::new();
     stream.read_to_string(&mut reply)?;
     let (header, page) = reply.split_once("\r\n\r\n").unwrap_or((&reply, ""));

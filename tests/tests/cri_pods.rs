@@ -467,18 +467,6 @@ fn calls_that_are_not_there_answer_unimplemented(node: &Node) -> Result<()> {
         port_forward,
         checkpoint_container,
         update_runtime_config,
-        container_stats,
-        list_container_stats,
-        stream_container_stats,
-        pod_sandbox_stats,
-        list_pod_sandbox_stats,
-        stream_pod_sandbox_stats,
-        list_metric_descriptors,
-        list_pod_sandbox_metrics,
-        stream_pod_sandbox_metrics,
-        stream_pod_sandboxes,
-        stream_containers,
-        get_container_events,
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ suite! {
     capabilities_hold_for_the_pods_own_namespaces,
     containers_share_the_pods_namespaces,
     servers_are_reached_on_their_ports,
+    figures_of_the_network_are_the_pods,
     execs_are_in_the_user_namespace_too,
     terminals_belong_to_the_user_in_the_namespace,
     sysctls_and_host_name_are_the_pods,
@@ -189,6 +190,24 @@ fn servers_are_reached_on_their_ports(node: &Node) -> Result<()> {
     let output = said(&pod, shell("look", &node.base()?, line))?;
     let wanted = [&format!("inet {address}/"), "default via ", "127.0.0.1/8"];
     ensure!(wanted.iter().all(|word| output.contains(*word)), "{output}");
+    Ok(())
+}
+
+fn figures_of_the_network_are_the_pods(node: &Node) -> Result<()> {
+    let pod = pod(node, "figures")?;
+    let id = pod.start(&within(sleeper("asks", &node.base()?)))?;
+    let gateway = "$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')";
+    let line = format!("wget -q -T 2 -O - http://{gateway}:1/ || true");
+    pod.cri.shell(&id, &line)?;
+    let request = PodSandboxStatsRequest {
+        pod_sandbox_id: pod.id.clone(),
+    };
+    let stats = pod.cri.pod_sandbox_stats(request)?.stats;
+    let network = stats.and_then(|stats| stats.linux?.network);
+    let interface = network.and_then(|network| network.default_interface);
+    let interface = interface.context("no interface")?;
+    let sent = interface.tx_bytes.map_or(0, |bytes| bytes.value);
+    ensure!(interface.name == "eth0" && sent > 0, "{interface:?}");
     Ok(())
 }
 

@@ -47,13 +47,7 @@ fn live() -> anyhow::Result<ExitReason> {
     );
     end_on_panic(record.clone());
     let reason = match start(&config, files, console) {
-        Ok(machine) => {
-            let reason = machine.run();
-            if reason != ExitReason::Shutdown {
-                journal::write(format_args!("The VM of pod {} ended: {reason}.", config.id));
-            }
-            reason
-        }
+        Ok(machine) => machine.run(),
         Err(error) => {
             journal::write(format_args!(
                 "The VM of pod {} did not start: {error}.",

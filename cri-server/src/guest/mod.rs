@@ -202,6 +202,8 @@ calls! {
     /// Changes limits.
     update_resources, update_resources: UpdateResourcesRequest => UpdateResourcesResponse,
         "change the limits";
+    /// Tells what containers and network have used.
+    stats, stats: StatsRequest => StatsResponse, "tell its containers' figures";
     /// Tells what the agent itself uses.
     usage, usage: UsageRequest => UsageResponse, "tell what it uses";
     /// Starts a process in a container.

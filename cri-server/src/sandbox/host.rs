@@ -8,6 +8,7 @@ use bulkhead_cri_api::v1 as cri;
 use rustix::rand::GetRandomFlags;
 
 use super::SandboxError;
+use super::event::Events;
 use super::record::{Records, hexadecimal};
 use crate::cgroup::{Hierarchy, PodCgroup};
 use crate::config::{Artefacts, Config};
@@ -25,6 +26,8 @@ pub struct Host {
     pub network: Network,
     /// The images.
     pub images: ImageStore,
+    /// Where it is told what happens to pods.
+    pub events: Events,
     /// This boot of the machine.
     pub boot: String,
     hierarchy: Result<Hierarchy, String>,
@@ -51,6 +54,7 @@ impl Host {
             records: Records::under(&config.root),
             network,
             images,
+            events: Events::default(),
             boot: boot.trim().to_owned(),
             hierarchy: Hierarchy::detect().map_err(|error| error.to_string()),
             config,

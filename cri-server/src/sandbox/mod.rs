@@ -6,6 +6,7 @@ mod ceiling;
 mod container;
 mod dns;
 mod error;
+mod event;
 mod host;
 mod image;
 mod limit;
@@ -29,6 +30,7 @@ use crate::deadline::Deadline;
 use record::Record;
 
 pub use error::SandboxError;
+pub use event::{Event, Events, Lagged, Step};
 pub use host::{Host, now};
 pub use pod::{Pod, View};
 pub use record::Container;
@@ -156,6 +158,13 @@ impl Sandboxes {
         let locked = locked(&self.index);
         let views = locked.pods.values().map(Pod::view);
         views.filter(|view| view.is_known()).collect()
+    }
+
+    /// The tasks of the pods somebody knows of.
+    pub fn pods(&self) -> Vec<Pod> {
+        let locked = locked(&self.index);
+        let pods = locked.pods.values();
+        pods.filter(|pod| pod.view().is_known()).cloned().collect()
     }
 
     /// The pod whose id is `id` or alone begins with it.

@@ -447,7 +447,9 @@ impl Owner {
 
     async fn remove(&mut self) -> Result<(), SandboxError> {
         self.stop().await?;
-        Ok(self.host.records.remove(&self.record.id).await?)
+        self.host.records.remove(&self.record.id).await?;
+        self.host.events.tell_deleted(&self.views.borrow());
+        Ok(())
     }
 
     /// Writes the record and shows it. A record that cannot be written is shown all the same: what
@@ -460,7 +462,8 @@ impl Owner {
     }
 
     pub(super) fn publish(&self) {
-        let view = View::new(self.record.clone(), self.live.clone());
-        self.views.send_replace(Arc::new(view));
+        let view = Arc::new(View::new(self.record.clone(), self.live.clone()));
+        let before = self.views.send_replace(Arc::clone(&view));
+        self.host.events.tell(&before, &view);
     }
 }

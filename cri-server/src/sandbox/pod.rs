@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_agent_api::v1::{SignalRequest, UsageRequest, UsageResponse};
+use bulkhead_agent_api::v1::{
+    SignalRequest, StatsRequest, StatsResponse, UsageRequest, UsageResponse,
+};
 use bulkhead_cri_api::v1 as cri;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -22,8 +24,8 @@ pub const KILL: u32 = 9;
 /// How long a killed container's end, its log included, is awaited.
 const END: Duration = Duration::from_secs(30);
 
-/// How long the guest may take to say what its agent uses, which is only for people.
-const USAGE: Duration = Duration::from_secs(2);
+/// How long the guest may take to tell figures.
+const FIGURES: Duration = Duration::from_secs(2);
 
 /// A pod's owner task.
 #[derive(Debug, Clone)]
@@ -156,8 +158,15 @@ impl Pod {
     /// What the guest's agent takes for itself; nothing when it does not say so at once.
     pub async fn usage(&self) -> Option<UsageResponse> {
         let live = Arc::clone(self.view().live().ok()?);
-        let limit = Deadline::after(USAGE);
+        let limit = Deadline::after(FIGURES);
         live.guest.usage(UsageRequest {}, limit).await.ok()
+    }
+
+    /// What the pod's containers and network have used, as its guest tells.
+    pub async fn stats(&self) -> Result<StatsResponse, SandboxError> {
+        let live = Arc::clone(self.view().live()?);
+        let limit = Deadline::after(FIGURES);
+        Ok(live.guest.stats(StatsRequest {}, limit).await?)
     }
 
     /// Asks a container to stop, and kills it after `grace`. One that does not run is left alone.

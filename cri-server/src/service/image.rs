@@ -7,11 +7,9 @@ use bulkhead_cri_api::v1;
 use bulkhead_cri_api::v1::image_service_server::ImageService;
 use tonic::{Code, Request, Response, Status};
 
+use super::list::{Parts, in_parts};
 use crate::image::{Credentials, Image, ImageError, ImageStore, ImageUser};
 use crate::pulls::Pulls;
-
-/// Images in one message of a streamed list.
-const IMAGES_PER_MESSAGE: usize = 100;
 
 /// Answers the CRI's questions about images.
 pub struct Images {
@@ -47,8 +45,7 @@ impl Images {
 
 #[tonic::async_trait]
 impl ImageService for Images {
-    type StreamImagesStream =
-        tokio_stream::Iter<std::vec::IntoIter<Result<v1::StreamImagesResponse, Status>>>;
+    type StreamImagesStream = Parts<v1::StreamImagesResponse>;
 
     async fn list_images(
         &self,
@@ -63,15 +60,9 @@ impl ImageService for Images {
         request: Request<v1::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
         let images = self.find(request.into_inner().filter).await;
-        let messages: Vec<_> = images
-            .chunks(IMAGES_PER_MESSAGE)
-            .map(|images| {
-                Ok(v1::StreamImagesResponse {
-                    images: images.to_vec(),
-                })
-            })
-            .collect();
-        Ok(Response::new(tokio_stream::iter(messages)))
+        Ok(in_parts(images, |images| v1::StreamImagesResponse {
+            images,
+        }))
     }
 
     async fn image_status(

@@ -1,7 +1,10 @@
 //! The CRI services: translation only, a few lines per RPC.
 
 mod edge;
+mod event;
 mod image;
+mod list;
+mod readiness;
 mod runtime;
 mod status;
 mod translate;
@@ -31,9 +34,9 @@ use crate::sandbox::{Host, SandboxError, Sandboxes};
 const LARGEST_MESSAGE: usize = 16 << 20;
 /// The largest answer of a container call: two full outputs of an ExecSync and some room.
 const LARGEST_ANSWER: usize = 2 * OUTPUT_BYTES + (64 << 10);
-/// How long calls under way may take to end when the server does.
 /// How long plugins may collect what pods of earlier left before requests are served.
 const COLLECTION: Duration = Duration::from_secs(30);
+/// How long calls under way may take to end when the server does.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Why there is no server.
@@ -131,6 +134,7 @@ pub async fn serve_until(
     let pods = known.len();
     tracing::info!(socket = %socket.display(), pods, "serving");
     let host = Arc::clone(sandboxes.host());
+    let ending = Arc::clone(&host);
     tokio::spawn(async move {
         for obstacle in obstacles(&host).await.into_iter().flat_map(Result::err) {
             tracing::warn!("no pod can run here: {obstacle}");
@@ -151,6 +155,7 @@ pub async fn serve_until(
         .add_service(pulls.server())
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             stop.await;
+            ending.events.end();
             // The receiver below lives as long as this future.
             let _ = stopping.send(());
         });

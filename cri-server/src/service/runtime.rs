@@ -1,6 +1,5 @@
 //! The RuntimeService.
 
-use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,9 +7,11 @@ use bulkhead_cri_api::v1 as cri;
 use bulkhead_cri_api::v1::runtime_service_server::RuntimeService;
 use tonic::{Request, Response, Status};
 
-use super::{edge, status, translate};
+use super::list::{self, Parts, in_parts};
+use super::{edge, event, readiness, status, translate};
 use crate::deadline::Deadline;
-use crate::sandbox::{HANDLER, SandboxError, Sandboxes};
+use crate::sandbox::{Container, HANDLER, SandboxError, Sandboxes, View};
+use crate::stats::{self, Stats};
 
 /// The version of the kubelet's runtime interface that `Version` has to name.
 const KUBELET_API: &str = "0.1.0";
@@ -19,17 +20,34 @@ const RUNTIME_API: &str = "v1";
 /// The RuntimeService over the pods.
 pub struct Runtime {
     sandboxes: Sandboxes,
+    stats: Stats,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 /// What `async_trait` makes of an `async fn`; the macros below are expanded after it.
 type Pending<'a, T> = Pin<Box<dyn Future<Output = Answer<T>> + Send + 'a>>;
-type Nothing<T> = tokio_stream::Empty<Result<T, Status>>;
 
 impl Runtime {
     /// Serves these pods.
     pub fn new(sandboxes: Sandboxes) -> Self {
-        Self { sandboxes }
+        Self {
+            stats: Stats::new(sandboxes.clone()),
+            sandboxes,
+        }
+    }
+
+    async fn container_figures(
+        &self,
+        filter: &cri::ContainerStatsFilter,
+    ) -> Vec<cri::ContainerStats> {
+        let wanted = |view: &View, one: &Container| list::stats_of_container(view, one, filter);
+        self.stats.containers(wanted).await
+    }
+
+    async fn pod_figures(&self, filter: &cri::PodSandboxStatsFilter) -> Vec<cri::PodSandboxStats> {
+        self.stats
+            .pods(|view| list::stats_of_pod(view, filter))
+            .await
     }
 
     fn pod(&self, id: &str) -> Result<crate::sandbox::Pod, Status> {
@@ -82,27 +100,6 @@ macro_rules! not_yet {
     };
 }
 
-macro_rules! not_yet_streams {
-    ($($call:ident: $request:ident => $stream:ident of $response:ident, $name:literal;)*) => {
-        $(
-            type $stream = Nothing<cri::$response>;
-
-            fn $call<'life, 'async_trait>(
-                &'life self,
-                _: Request<cri::$request>,
-            ) -> Pending<'async_trait, Self::$stream>
-            where
-                'life: 'async_trait,
-                Self: 'async_trait,
-            {
-                Box::pin(async {
-                    Err(Status::unimplemented(concat!($name, " is not implemented")))
-                })
-            }
-        )*
-    };
-}
-
 #[tonic::async_trait]
 impl RuntimeService for Runtime {
     async fn version(&self, _: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
@@ -115,41 +112,8 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
-        let host = std::sync::Arc::clone(self.sandboxes.host());
-        let [runtime, network] = super::obstacles(&host).await;
-        let conditions = vec![
-            condition("RuntimeReady", "CannotRunPods", &runtime),
-            condition("NetworkReady", "NetworkNotReady", &network),
-        ];
-        let handler = |name: &str| cri::RuntimeHandler {
-            name: name.to_owned(),
-            features: Some(cri::RuntimeHandlerFeatures {
-                user_namespaces: true,
-                ..Default::default()
-            }),
-        };
-        let mut info = HashMap::new();
-        if request.get_ref().verbose {
-            let config = &self.sandboxes.host().config;
-            let details = serde_json::json!({
-                "root": config.root,
-                "run": config.run,
-                "network": host.network.kind(),
-                "vm": {
-                    "memoryMiB": config.vm.memory_mib,
-                    "vcpus": config.vm.vcpus,
-                    "scratchMiB": config.vm.scratch_mib,
-                },
-                "pods": self.sandboxes.list().len(),
-            });
-            info.insert("config".to_owned(), details.to_string());
-        }
-        Ok(Response::new(cri::StatusResponse {
-            status: Some(cri::RuntimeStatus { conditions }),
-            info,
-            runtime_handlers: vec![handler(""), handler(HANDLER)],
-            features: Some(cri::RuntimeFeatures::default()),
-        }))
+        let verbose = request.get_ref().verbose;
+        Ok(Response::new(readiness::of(&self.sandboxes, verbose).await))
     }
 
     async fn runtime_config(
@@ -227,12 +191,8 @@ impl RuntimeService for Runtime {
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Answer<cri::ListPodSandboxResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let pods = self.sandboxes.list();
-        let pods = pods.iter().map(|view| translate::pod(view));
         Ok(Response::new(cri::ListPodSandboxResponse {
-            items: pods
-                .filter(|pod| translate::pod_passes(pod, &filter))
-                .collect(),
+            items: list::pods(&self.sandboxes, &filter),
         }))
     }
 
@@ -286,14 +246,9 @@ impl RuntimeService for Runtime {
         request: Request<cri::ListContainersRequest>,
     ) -> Answer<cri::ListContainersResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let mut containers = Vec::new();
-        for view in self.sandboxes.list() {
-            let of_pod = view.record().containers.values();
-            let known = of_pod.filter(|container| container.is_known());
-            let listed = known.map(|container| translate::container(&view, container));
-            containers.extend(listed.filter(|one| translate::container_passes(one, &filter)));
-        }
-        Ok(Response::new(cri::ListContainersResponse { containers }))
+        Ok(Response::new(cri::ListContainersResponse {
+            containers: list::containers(&self.sandboxes, &filter),
+        }))
     }
 
     async fn container_status(
@@ -373,49 +328,140 @@ impl RuntimeService for Runtime {
         exec: ExecRequest => ExecResponse, "Exec";
         attach: AttachRequest => AttachResponse, "Attach";
         port_forward: PortForwardRequest => PortForwardResponse, "PortForward";
-        container_stats: ContainerStatsRequest => ContainerStatsResponse, "ContainerStats";
-        list_container_stats: ListContainerStatsRequest => ListContainerStatsResponse,
-            "ListContainerStats";
-        pod_sandbox_stats: PodSandboxStatsRequest => PodSandboxStatsResponse, "PodSandboxStats";
-        list_pod_sandbox_stats: ListPodSandboxStatsRequest => ListPodSandboxStatsResponse,
-            "ListPodSandboxStats";
         update_runtime_config: UpdateRuntimeConfigRequest => UpdateRuntimeConfigResponse,
             "UpdateRuntimeConfig";
         checkpoint_container: CheckpointContainerRequest => CheckpointContainerResponse,
             "CheckpointContainer";
-        list_metric_descriptors: ListMetricDescriptorsRequest => ListMetricDescriptorsResponse,
-            "ListMetricDescriptors";
-        list_pod_sandbox_metrics: ListPodSandboxMetricsRequest => ListPodSandboxMetricsResponse,
-            "ListPodSandboxMetrics";
     }
 
-    not_yet_streams! {
-        stream_pod_sandboxes: StreamPodSandboxesRequest
-            => StreamPodSandboxesStream of StreamPodSandboxesResponse, "StreamPodSandboxes";
-        stream_containers: StreamContainersRequest
-            => StreamContainersStream of StreamContainersResponse, "StreamContainers";
-        stream_container_stats: StreamContainerStatsRequest
-            => StreamContainerStatsStream of StreamContainerStatsResponse, "StreamContainerStats";
-        stream_pod_sandbox_stats: StreamPodSandboxStatsRequest
-            => StreamPodSandboxStatsStream of StreamPodSandboxStatsResponse,
-            "StreamPodSandboxStats";
-        get_container_events: GetEventsRequest
-            => GetContainerEventsStream of ContainerEventResponse, "GetContainerEvents";
-        stream_pod_sandbox_metrics: StreamPodSandboxMetricsRequest
-            => StreamPodSandboxMetricsStream of StreamPodSandboxMetricsResponse,
-            "StreamPodSandboxMetrics";
-    }
-}
+    type GetContainerEventsStream = event::Stream;
 
-fn condition(kind: &str, reason: &str, holds: &Result<(), String>) -> cri::RuntimeCondition {
-    let (reason, message) = match holds {
-        Ok(()) => (String::new(), String::new()),
-        Err(why) => (reason.to_owned(), why.clone()),
-    };
-    cri::RuntimeCondition {
-        r#type: kind.to_owned(),
-        status: holds.is_ok(),
-        reason,
-        message,
+    async fn get_container_events(
+        &self,
+        _: Request<cri::GetEventsRequest>,
+    ) -> Answer<Self::GetContainerEventsStream> {
+        let events = &self.sandboxes.host().events;
+        Ok(Response::new(event::subscribe(events)))
+    }
+
+    async fn container_stats(
+        &self,
+        request: Request<cri::ContainerStatsRequest>,
+    ) -> Answer<cri::ContainerStatsResponse> {
+        let (pod, id) = self.container(&request.get_ref().container_id)?;
+        let stats = self.stats.container(&pod, &id).await;
+        answer(stats.map(|stats| cri::ContainerStatsResponse { stats: Some(stats) }))
+    }
+
+    async fn list_container_stats(
+        &self,
+        request: Request<cri::ListContainerStatsRequest>,
+    ) -> Answer<cri::ListContainerStatsResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let stats = self.container_figures(&filter).await;
+        Ok(Response::new(cri::ListContainerStatsResponse { stats }))
+    }
+
+    async fn pod_sandbox_stats(
+        &self,
+        request: Request<cri::PodSandboxStatsRequest>,
+    ) -> Answer<cri::PodSandboxStatsResponse> {
+        let pod = self.pod(&request.get_ref().pod_sandbox_id)?;
+        let stats = self.stats.pod(&pod).await;
+        answer(stats.map(|stats| cri::PodSandboxStatsResponse { stats: Some(stats) }))
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        request: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Answer<cri::ListPodSandboxStatsResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let stats = self.pod_figures(&filter).await;
+        Ok(Response::new(cri::ListPodSandboxStatsResponse { stats }))
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Answer<cri::ListMetricDescriptorsResponse> {
+        Ok(Response::new(cri::ListMetricDescriptorsResponse {
+            descriptors: stats::descriptors(),
+        }))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Answer<cri::ListPodSandboxMetricsResponse> {
+        let pod_metrics = self.stats.metrics().await;
+        Ok(Response::new(cri::ListPodSandboxMetricsResponse {
+            pod_metrics,
+        }))
+    }
+
+    type StreamPodSandboxesStream = Parts<cri::StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        Ok(in_parts(
+            list::pods(&self.sandboxes, &filter),
+            |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes },
+        ))
+    }
+
+    type StreamContainersStream = Parts<cri::StreamContainersResponse>;
+
+    async fn stream_containers(
+        &self,
+        request: Request<cri::StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        Ok(in_parts(
+            list::containers(&self.sandboxes, &filter),
+            |containers| cri::StreamContainersResponse { containers },
+        ))
+    }
+
+    type StreamContainerStatsStream = Parts<cri::StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        request: Request<cri::StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let stats = self.container_figures(&filter).await;
+        Ok(in_parts(stats, |container_stats| {
+            cri::StreamContainerStatsResponse { container_stats }
+        }))
+    }
+
+    type StreamPodSandboxStatsStream = Parts<cri::StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let stats = self.pod_figures(&filter).await;
+        Ok(in_parts(stats, |pod_sandbox_stats| {
+            cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+        }))
+    }
+
+    type StreamPodSandboxMetricsStream = Parts<cri::StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        let metrics = self.stats.metrics().await;
+        Ok(in_parts(metrics, |pod_sandbox_metrics| {
+            cri::StreamPodSandboxMetricsResponse {
+                pod_sandbox_metrics,
+            }
+        }))
     }
 }

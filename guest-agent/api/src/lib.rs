@@ -4,6 +4,7 @@
 //! On the control stream it then serves [`v1::agent_server::Agent`] over HTTP/2.
 
 mod greeting;
+mod group;
 
 /// The generated service and its messages.
 #[allow(missing_docs, clippy::all)]
@@ -12,6 +13,7 @@ pub mod v1 {
 }
 
 pub use greeting::{GREETING_BYTES, Greeting, GreetingError, Purpose, Secret};
+pub use group::read as read_group;
 
 /// The host's vsock port which the agent dials.
 pub const PORT: u32 = 1024;

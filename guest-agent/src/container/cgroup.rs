@@ -111,6 +111,18 @@ impl Cgroup {
         Self { path: POD.into() }
     }
 
+    /// The group of container `id`, whether it is there or not.
+    pub fn of(id: &str) -> Self {
+        Self {
+            path: Path::new(POD).join(id),
+        }
+    }
+
+    /// How many processes are in it, those of execs too.
+    pub fn process_count(&self) -> usize {
+        self.processes().unwrap_or_default().lines().count()
+    }
+
     /// Makes the group of container `id` below [`POD`] with its limits.
     pub fn create(id: &str, resources: Option<&Resources>) -> Result<Self, CgroupError> {
         let (_, tasks) = pids::shares(most_tasks());
@@ -118,13 +130,12 @@ impl Cgroup {
         if let Some(resources) = resources {
             all.extend(settings(resources, &Present::default())?);
         }
-        let path = Path::new(POD).join(id);
-        fs::create_dir(&path).map_err(|source| CgroupError::Directory {
+        let group = Self::of(id);
+        fs::create_dir(&group.path).map_err(|source| CgroupError::Directory {
             what: "make",
-            path: path.clone(),
+            path: group.path.clone(),
             source,
         })?;
-        let group = Self { path };
         if let Err(error) = all.iter().try_for_each(|setting| group.write(setting)) {
             let _ = fs::remove_dir(&group.path);
             return Err(error);

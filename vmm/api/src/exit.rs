@@ -51,11 +51,8 @@ impl ExitRecord {
 pub enum ExitReason {
     /// The server asked for it.
     Shutdown,
-    /// The guest's kernel asked for a reset, as it does to power off, too.
+    /// The guest reset or powered off its machine.
     GuestReset,
-    /// A fault of the guest while it handled a fault while it handled a fault; with what the
-    /// processor's registers held.
-    TripleFault(String),
     /// The guest's kernel panicked, as its console says.
     GuestPanic,
     /// The VM could not be built or confined; the guest never ran.
@@ -68,8 +65,7 @@ impl std::fmt::Display for ExitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Shutdown => write!(f, "the VM was shut down"),
-            Self::GuestReset => write!(f, "the guest's kernel asked for a reset"),
-            Self::TripleFault(at) => write!(f, "the guest met a triple fault: {at}"),
+            Self::GuestReset => write!(f, "the guest reset its machine"),
             Self::GuestPanic => write!(f, "the guest's kernel panicked"),
             Self::StartFailed(why) => write!(f, "the VM could not be started: {why}"),
             Self::Failed(why) => write!(f, "the VM failed: {why}"),

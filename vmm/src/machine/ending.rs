@@ -17,7 +17,6 @@ pub struct Ending {
 
 enum How {
     Reset,
-    TripleFault(String),
     Failed(String),
 }
 
@@ -36,14 +35,9 @@ impl Ending {
         &self.event
     }
 
-    /// The guest asked for a reset of its machine.
+    /// The guest reset its machine.
     pub fn reset(&self) {
         self.tell(How::Reset);
-    }
-
-    /// The guest reset its machine by faults that it could not handle; `at` tells where.
-    pub fn triple_fault(&self, at: String) {
-        self.tell(How::TripleFault(at));
     }
 
     /// KVM or a device gave up.
@@ -69,9 +63,8 @@ impl Ending {
             .as_ref()?
         {
             How::Failed(why) => Some(ExitReason::Failed(why.clone())),
-            _ if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
+            How::Reset if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
             How::Reset => Some(ExitReason::GuestReset),
-            How::TripleFault(at) => Some(ExitReason::TripleFault(at.clone())),
         }
     }
 }

@@ -12,10 +12,6 @@ use crate::sys::{self, Kickable};
 /// Stack of a vCPU's thread, in bytes: devices are started on it.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Where a processor starts after a reset or INIT (AMD manual, volume 2, 14.1.5).
-const RESET_RIP: u64 = 0xfff0;
-const RESET_CS_BASE: u64 = 0xffff_0000;
-
 /// All vCPUs of a machine.
 pub struct Vcpus {
     gate: Arc<Gate>,
@@ -60,7 +56,6 @@ impl Vcpus {
         };
         for (index, fd) in fds.into_iter().enumerate() {
             let vcpu = Vcpu {
-                index,
                 fd,
                 bus: bus.clone(),
                 gate: vcpus.gate.clone(),
@@ -156,7 +151,6 @@ impl Gate {
 
 /// One vCPU.
 struct Vcpu {
-    index: usize,
     fd: VcpuFd,
     bus: Arc<Bus>,
     gate: Arc<Gate>,
@@ -171,7 +165,6 @@ impl Vcpu {
             match self.enter() {
                 Exit::Kicked => continue,
                 Exit::Reset => self.ending.reset(),
-                Exit::TripleFault => self.ending.triple_fault(self.place()),
                 Exit::Failed(why) => self.ending.fail(why),
             }
             return self.gate.retire();
@@ -189,8 +182,8 @@ impl Vcpu {
                 Ok(VcpuExit::IoIn(port, data)) => self.bus.port_read(port, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.bus.memory_write(address, data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.bus.memory_read(address, data),
-                // The other way to reset a PC, and how a broken guest ends.
-                Ok(VcpuExit::Shutdown) => return Exit::TripleFault,
+                // A triple fault: the other way to reset a PC.
+                Ok(VcpuExit::Shutdown) => return Exit::Reset,
                 Ok(VcpuExit::Intr) => return Exit::Kicked,
                 Ok(other) => {
                     return Exit::Failed(format!("a vCPU left the guest by {other:?}"));
@@ -204,31 +197,11 @@ impl Vcpu {
             }
         }
     }
-
-    /// Where the guest was, for the operator.
-    fn place(&self) -> String {
-        let vcpu = self.index;
-        let (Ok(general), Ok(special)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
-            return format!("vCPU {vcpu}, whose registers cannot be read");
-        };
-        let (rip, rsp) = (general.rip, general.rsp);
-        // KVM puts the vCPU back to where it starts when the host's processor kept nothing (AMD
-        // manual, volume 2, 15.14.3: the saved state is undefined).
-        if rip == RESET_RIP && special.cs.base == RESET_CS_BASE {
-            return format!("vCPU {vcpu}; the host's processor kept none of its registers");
-        }
-        let (cr0, cr2, cr3, cr4) = (special.cr0, special.cr2, special.cr3, special.cr4);
-        format!(
-            "vCPU {vcpu}, rip {rip:#x}, rsp {rsp:#x}, cr0 {cr0:#x}, cr2 {cr2:#x}, cr3 {cr3:#x}, \
-             cr4 {cr4:#x}"
-        )
-    }
 }
 
 /// Why the guest was left.
 enum Exit {
     Kicked,
     Reset,
-    TripleFault,
     Failed(String),
 }
