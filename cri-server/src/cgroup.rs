@@ -26,6 +26,8 @@ const CGROUP2_MAGIC: u64 = 0x6367_7270;
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// For pods whose configuration names no parent.
 const DEFAULT_PARENT: &str = "/bulkhead";
+/// Between attempts to remove a cgroup that is busy.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Deeper parents than this are a mistake or an attack.
 const DEPTH: usize = 32;
 
@@ -280,6 +282,7 @@ impl PodCgroup {
                         });
                     }
                     self.kill()?;
+                    std::thread::sleep(PAUSE);
                 }
                 Err(source) => {
                     return Err(CgroupError::Step {

@@ -7,7 +7,7 @@ use bulkhead_agent_api::v1::{self as api, container_state};
 use tonic::{Request, Response, Status};
 
 use crate::container::{
-    CgroupError, ContainerError, Exit, NewExec, Size, State, Target, Which, off, plan,
+    CgroupError, ContainerError, Exit, LaunchError, NewExec, Size, State, Target, Which, off, plan,
 };
 use crate::disk::DiskError;
 use crate::network::NetworkError;
@@ -86,7 +86,9 @@ fn status(error: &SandboxError) -> Status {
             ContainerError::Start(_) | ContainerError::State(_) => Code::FailedPrecondition,
             ContainerError::NotFound(_) => Code::NotFound,
             ContainerError::Exists(_) => Code::AlreadyExists,
-            ContainerError::Exhausted(_) => Code::ResourceExhausted,
+            ContainerError::Exhausted(_) | ContainerError::Launch(LaunchError::Full(_)) => {
+                Code::ResourceExhausted
+            }
             ContainerError::Cgroup(_) | ContainerError::Launch(_) | ContainerError::Internal(_) => {
                 Code::Internal
             }

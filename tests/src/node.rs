@@ -1,9 +1,12 @@
 //! The machine a suite runs on, with what its cases share: a registry, a server, scratch space.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::PodSandboxConfig;
@@ -23,6 +26,8 @@ pub const WEB: &str = "demo/web:1";
 const PROGRAMS: &str = "BULKHEAD_BIN_DIR";
 /// Where the registry's storage is.
 const ASSETS: &str = "BULKHEAD_TEST_ASSETS";
+/// How long the pods' cgroup may take to be empty.
+const CGROUP_LIMIT: Duration = Duration::from_secs(20);
 /// `reference` to test the reference.
 const RUNTIME: &str = "BULKHEAD_TEST_RUNTIME";
 
@@ -50,6 +55,7 @@ pub struct Node {
     runtime: Runtime,
     programs: PathBuf,
     server: OnceLock<Server>,
+    spoiled: AtomicBool,
     // Last, so that it goes after what lies in it.
     scratch: Scratch,
 }
@@ -84,6 +90,7 @@ impl Node {
             runtime,
             programs,
             server: OnceLock::new(),
+            spoiled: AtomicBool::new(false),
             scratch,
         })
     }
@@ -168,21 +175,48 @@ impl Node {
         self.server.get().map_or(Ok(()), Server::remove_pods)
     }
 
-    /// Ends the server and checks that it leaves nothing that runs or is mounted.
+    /// Remembers that a case has failed, which may have left a server of its own with its pods.
+    pub fn spoil(&self) {
+        self.spoiled.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the server and checks that it leaves nothing that runs or is mounted. What a case that
+    /// failed has left was told with it, and is no fault of the end.
     pub fn close(self) -> Result<()> {
         let Some(server) = self.server.into_inner() else {
             return Ok(());
         };
         let home = self.scratch.path().to_owned();
         server.stop()?;
+        if self.spoiled.into_inner() {
+            return Ok(());
+        }
         leak::expect_unused(&home)?;
-        fs::remove_dir(cgroup_parent()).context("the pods' cgroup")
+        remove_cgroup_parent()
     }
 }
 
 /// Where the pods' cgroups are.
 fn cgroup_parent() -> PathBuf {
     Path::new("/sys/fs/cgroup").join(CGROUP_PARENT.trim_start_matches('/'))
+}
+
+/// Removes it, as soon as the last pod's is gone; the error says what is in it.
+fn remove_cgroup_parent() -> Result<()> {
+    let path = cgroup_parent();
+    let begun = Instant::now();
+    loop {
+        let Err(error) = fs::remove_dir(&path) else {
+            return Ok(());
+        };
+        if error.kind() != ErrorKind::ResourceBusy || begun.elapsed() > CGROUP_LIMIT {
+            let below = fs::read_dir(&path)?.flatten().map(|entry| entry.path());
+            let groups: Vec<_> = below.filter(|path| path.is_dir()).collect();
+            let events = fs::read_to_string(path.join("cgroup.events"))?;
+            return Err(error).context(format!("the pods' cgroup: {groups:?}, {events}"));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// The cgroup a kubelet would have made for the node's pods.

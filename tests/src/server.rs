@@ -232,6 +232,16 @@ impl Server {
         self.child.id()
     }
 
+    /// What it has of memory that no file lies behind, in KiB.
+    pub fn memory(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"));
+        let number = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+        number.with_context(|| format!("no RssAnon in {status}"))
+    }
+
     /// Which one it is.
     pub fn runtime(&self) -> Runtime {
         self.runtime

@@ -105,6 +105,7 @@ fn run_case(
         .map_err(|error| Failed::from(format!("{error:#}")))?;
     let log = server.log_length();
     let failed = |error: anyhow::Error| {
+        node.spoil();
         let log = server.log_since(log);
         Failed::from(format!(
             "{suite}::{name}: {error:?}\n--- server's log:\n{log}"

@@ -5,8 +5,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bulkhead_cri_api::v1::SupplementalGroupsPolicy;
 use bulkhead_tests::cri::{Cri, refused};
-use bulkhead_tests::request::{resources, security, sleeper};
+use bulkhead_tests::request::{number, resources, security, sleeper};
+use bulkhead_tests::usage::Usage;
 use bulkhead_tests::{Node, suite};
 use tonic::Code;
 
@@ -14,7 +16,9 @@ suite! {
     exec_answers_output_and_exit_code,
     exec_is_killed_at_its_time_limit,
     exec_is_killed_with_its_children,
+    exec_with_a_limit_below_zero_has_none,
     exec_runs_as_the_container_does,
+    exec_has_no_groups_but_its_containers,
     exec_of_a_missing_command_fails,
     exec_needs_a_running_container,
     exec_is_killed_with_all_it_has_started,
@@ -22,6 +26,7 @@ suite! {
     exec_leaves_a_daemon_alone,
     exec_lasts_as_long_as_its_output_is_held,
     exec_output_is_cut_at_16_mib,
+    much_output_at_once_leaves_no_memory_behind,
     exec_sees_the_cgroup_of_its_container,
     exec_works_in_a_container_that_is_full,
     exec_ends_with_its_container,
@@ -88,6 +93,15 @@ fn exec_is_killed_with_its_children(node: &Node) -> Result<()> {
     Ok(())
 }
 
+fn exec_with_a_limit_below_zero_has_none(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let pod = node.pod("exec-negative")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let reply = cri.exec_for(&id, &["/bin/sh", "-c", "sleep 1; echo done"], -1)?;
+    ensure!(reply.stdout == b"done\n", "{reply:?}");
+    Ok(())
+}
+
 fn exec_runs_as_the_container_does(node: &Node) -> Result<()> {
     let cri = node.cri()?;
     let pod = node.pod("exec-as")?;
@@ -105,6 +119,21 @@ fn exec_runs_as_the_container_does(node: &Node) -> Result<()> {
         said == "1000\n50\n/work/made\nimage\nCapBnd:\t0000000000000000",
         "{said:?}"
     );
+    Ok(())
+}
+
+fn exec_has_no_groups_but_its_containers(node: &Node) -> Result<()> {
+    let pod = node.pod("exec-groups")?;
+    let mut config = sleeper("strict", &node.base()?);
+    let asked = security(&mut config);
+    asked.run_as_user = number(1000);
+    asked.supplemental_groups = vec![9];
+    asked.set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
+    let id = pod.start(&config)?;
+    // The image's groups staff and video list the user.
+    let line = "echo $(id -u) $(id -G | tr ' ' '\\n' | sort -n -u)";
+    let seen = pod.cri.shell(&id, line)?;
+    ensure!(seen == "1000 9 1000", "{seen}");
     Ok(())
 }
 
@@ -190,6 +219,40 @@ fn exec_output_is_cut_at_16_mib(node: &Node) -> Result<()> {
     ensure!(out == 16 << 20 && err == 16 << 20, "{out} and {err} bytes");
     ensure!(reply.exit_code == 6, "exit code {}", reply.exit_code);
     Ok(())
+}
+
+fn much_output_at_once_leaves_no_memory_behind(node: &Node) -> Result<()> {
+    const AT_ONCE: usize = 8;
+    /// What the server may keep, in KiB: less than one of the outputs.
+    const ROOM: u64 = 12 << 10;
+    let cri = node.cri()?;
+    let server = node.server()?;
+    let pod = node.pod("exec-memory")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    for _ in 0..AT_ONCE {
+        cri.exec_for(&id, &["true"], 0)?;
+    }
+    let (usage, memory) = (Usage::settled(&pod)?, server.memory()?);
+    thread::scope(|scope| {
+        let run = || cri.exec_for(&id, &["head", "-c", "17000000", "/dev/zero"], 0);
+        let begun: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(run)).collect();
+        for exec in begun {
+            let reply = exec.join().ok().context("a thread has panicked")?;
+            let bytes = reply.context("ExecSync")?.stdout.len();
+            ensure!(bytes == 16 << 20, "{bytes} bytes");
+        }
+        Ok(())
+    })?;
+    Usage::returns_to(&usage, &pod)?;
+    let mut now = server.memory()?;
+    for _ in 0..100 {
+        if now < memory + ROOM {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+        now = server.memory()?;
+    }
+    anyhow::bail!("the server has {now} KiB, and had {memory} KiB")
 }
 
 fn exec_sees_the_cgroup_of_its_container(node: &Node) -> Result<()> {

@@ -12,6 +12,8 @@ use tonic::Code;
 
 suite! {
     containers_have_the_ids_of_the_pods_ranges,
+    ids_may_come_from_several_ranges,
+    pid_namespace_of_a_target_is_joined,
     files_belong_to_the_containers_root,
     root_of_a_container_is_not_the_guests,
     capabilities_hold_for_the_pods_own_namespaces,
@@ -97,6 +99,81 @@ fn containers_have_the_ids_of_the_pods_ranges(node: &Node) -> Result<()> {
     security(&mut app).run_as_username = "app".to_owned();
     let output = said(&pod, app)?;
     ensure!(output == "1000\n1000:1000\n", "{output}");
+    Ok(())
+}
+
+fn ids_may_come_from_several_ranges(node: &Node) -> Result<()> {
+    let range = |host_id, container_id, length| IdMapping {
+        host_id,
+        container_id,
+        length,
+    };
+    // Root, the others, and a lone one far off: not in order, and with a hole.
+    let ranges = vec![
+        range(200_000, 500, 2_000),
+        range(90_000, 0, 10),
+        range(70_000, 65_534, 1),
+    ];
+    let ids = UserNamespace {
+        mode: NamespaceMode::Pod.into(),
+        uids: ranges.clone(),
+        gids: ranges,
+    };
+    let with = |options: &mut Option<NamespaceOption>| {
+        options.get_or_insert_default().userns_options = Some(ids.clone());
+    };
+    let mut config = node.pod_config("several")?;
+    with(&mut pod_security(&mut config).namespace_options);
+    let pod = Pod::run(node.cri()?, config)?;
+    // The image's files of app (1000), and of a group that no range has (50 is staff).
+    let line = "cat /proc/self/uid_map; stat -c '%u:%g' / /home/app; \
+                touch /x && chown 65534:1000 /x && stat -c '%u:%g' /x; chown 0:50 /x || echo none";
+    let mut config = shell("several", &node.base()?, line);
+    with(&mut security(&mut config).namespace_options);
+    let ended = pod.run_to_end(&config)?;
+    let said = ended.stdout();
+    let words: Vec<&str> = said.split_whitespace().collect();
+    let map = "500 200000 2000 0 90000 10 65534 70000 1";
+    let rest = "0:0 1000:1000 65534:1000 none";
+    ensure!(
+        words.join(" ") == format!("{map} {rest}"),
+        "{said} {}",
+        ended.stderr()
+    );
+    let mut config = shell(
+        "app",
+        &node.base()?,
+        "id -u; touch /home/app/x && echo made",
+    );
+    with(&mut security(&mut config).namespace_options);
+    security(&mut config).run_as_user = number(1000);
+    security(&mut config).run_as_group = number(1000);
+    security(&mut config).set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
+    let said = pod.run_to_end(&config)?.stdout();
+    ensure!(said == "1000\nmade\n", "{said}");
+    Ok(())
+}
+
+fn pid_namespace_of_a_target_is_joined(node: &Node) -> Result<()> {
+    let pod = pod(node, "target")?;
+    let image = node.base()?;
+    let target = pod.start(&within(shell("target", &image, "exec sleep 54321")))?;
+    pod.start(&within(shell("other", &image, "exec sleep 12345")))?;
+    // The target's root is this container's, too, so that it may look.
+    let line = "ps -o pid,args; cat /proc/1/root/etc/passwd > /dev/null && echo looked";
+    let mut config = within(granted(shell("debugger", &image, line), "SYS_PTRACE"));
+    let options = security(&mut config).namespace_options.as_mut();
+    let options = options.context("no options")?;
+    options.set_pid(NamespaceMode::Target);
+    options.target_id = target.clone();
+    let said = pod.run_to_end(&config)?.stdout();
+    let first = said.lines().find(|line| line.trim().starts_with("1 "));
+    ensure!(
+        first.is_some_and(|line| line.contains("sleep 54321")),
+        "{said}"
+    );
+    ensure!(!said.contains("sleep 12345"), "{said}");
+    ensure!(said.ends_with("looked\n"), "{said}");
     Ok(())
 }
 

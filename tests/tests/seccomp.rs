@@ -368,6 +368,17 @@ fn profiles_that_cannot_be_used_are_refused_by_name(node: &Node) -> Result<()> {
                 "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_BPF"]}}]}"#,
             "includes",
         ),
+        (
+            "misspelt",
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscals": [{"names": ["bpf"],
+                "action": "SCMP_ACT_ERRNO"}]}"#,
+            "syscals",
+        ),
+        (
+            "twice",
+            r#"{"defaultAction": "SCMP_ACT_ERRNO", "defaultAction": "SCMP_ACT_ALLOW"}"#,
+            "duplicate",
+        ),
     ] {
         let path = profile(node, name, text)?.display().to_string();
         cases.push((name, path, why));

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_cri_api::v1 as cri;
 use cri::security_profile::ProfileType;
 use oci_spec::runtime::LinuxSeccomp;
+use serde_json::Value;
 
 use super::spec::SpecError;
 
@@ -108,7 +109,7 @@ pub fn read(path: &Path) -> Result<String, SpecError> {
 ///
 /// What container engines add to that for profiles of their own is refused, as without it the
 /// profile would say something else: rules for some architectures or capabilities would hold for
-/// all.
+/// all. So is a field that is misspelt or there twice.
 pub fn parse(path: &Path, text: &str) -> Result<LinuxSeccomp, SpecError> {
     let wrong = |why: &dyn std::fmt::Display| {
         invalid(format!(
@@ -116,25 +117,63 @@ pub fn parse(path: &Path, text: &str) -> Result<LinuxSeccomp, SpecError> {
             path.display()
         ))
     };
-    let fields: serde_json::Map<_, _> =
-        serde_json::from_str(text).map_err(|error| wrong(&error))?;
-    let json = serde_json::Value::Object(fields);
-    let rules = json["syscalls"].as_array();
-    let objects = std::iter::once(&json).chain(rules.into_iter().flatten());
-    for object in objects {
-        for foreign in ["archMap", "includes", "excludes"] {
-            let empty = match &object[foreign] {
-                serde_json::Value::Null => true,
-                serde_json::Value::Array(items) => items.is_empty(),
-                serde_json::Value::Object(fields) => fields.is_empty(),
-                _ => false,
-            };
-            if !empty {
-                return Err(wrong(&format!("{foreign} is not part of that")));
-            }
+    let json: Value = serde_json::from_str(text).map_err(|error| wrong(&error))?;
+    known_only(&json, &PROFILE).map_err(|why| wrong(&why))?;
+    for rule in json["syscalls"].as_array().into_iter().flatten() {
+        known_only(rule, &RULE).map_err(|why| wrong(&why))?;
+        for argument in rule["args"].as_array().into_iter().flatten() {
+            known_only(argument, &ARGUMENT).map_err(|why| wrong(&why))?;
         }
     }
-    serde_json::from_value(json).map_err(|error| wrong(&error))
+    // Once more from the text, in which a field that is there twice is seen.
+    serde_json::from_str(text).map_err(|error| wrong(&error))
+}
+
+/// Fields of `linux.seccomp` (config-linux.md "Seccomp"), and what engines write beside them.
+const PROFILE: [&str; 10] = [
+    "defaultAction",
+    "defaultErrnoRet",
+    "architectures",
+    "flags",
+    "listenerPath",
+    "listenerMetadata",
+    "syscalls",
+    "archMap",
+    "comment",
+    "defaultErrno",
+];
+/// Fields of a rule, and what engines write beside them.
+const RULE: [&str; 8] = [
+    "names", "action", "errnoRet", "args", "comment", "includes", "excludes", "errno",
+];
+/// Fields of a condition.
+const ARGUMENT: [&str; 4] = ["index", "value", "valueTwo", "op"];
+
+/// Refuses what nobody would read: a field that is misspelt, and a field of an engine that means
+/// something.
+fn known_only(value: &Value, known: &[&str]) -> Result<(), String> {
+    let Some(fields) = value.as_object() else {
+        return Err(format!("invalid type: {value} is no object"));
+    };
+    for (name, value) in fields {
+        let name = name.as_str();
+        if !known.contains(&name) {
+            return Err(format!("{name:?} is no field of it ({})", known.join(", ")));
+        }
+        let nothing = match value {
+            Value::Null => true,
+            Value::Array(items) => items.is_empty(),
+            Value::Object(fields) => fields.is_empty(),
+            // The name of a number that is there, too.
+            Value::String(_) => fields.contains_key(&format!("{name}Ret")),
+            _ => false,
+        };
+        let foreign = ["archMap", "includes", "excludes", "errno", "defaultErrno"];
+        if foreign.contains(&name) && !nothing {
+            return Err(format!("{name} is not part of that"));
+        }
+    }
+    Ok(())
 }
 
 fn invalid(reason: String) -> SpecError {

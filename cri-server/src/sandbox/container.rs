@@ -5,26 +5,20 @@ use std::sync::Arc;
 
 use bulkhead_agent_api::v1;
 use bulkhead_cri_api::v1 as cri;
-use tokio::sync::mpsc;
 
 use super::SandboxError;
 use super::boot::{Live, blocking};
 use super::host::{self, new_id};
 use super::image::{self, Resolved};
-use super::owner::{Event, Owner};
+use super::output::Streams;
+use super::owner::Owner;
 use super::pod::running;
 use super::record::{Container, Disk, User};
 use super::state::{ContainerState, PodState};
-use crate::container::log::{Log, Stream};
+use crate::container::log::Log;
 use crate::container::spec::{self, Plan, SpecError};
-use crate::container::{file, output, seccomp, signal};
+use crate::container::{file, seccomp, signal};
 use crate::deadline::Deadline;
-use crate::guest::GuestError;
-
-/// A wait that ends when the container does.
-const FOREVER: std::time::Duration = std::time::Duration::from_secs(10 * 365 * 24 * 3600);
-/// Between attempts to reach a guest that has lost its connection.
-const RETRY: std::time::Duration = std::time::Duration::from_millis(100);
 
 impl Owner {
     /// Makes a container in the guest, held before its program.
@@ -380,77 +374,6 @@ impl Owner {
                 _ => "its guest is not connected".to_owned(),
             },
         })
-    }
-}
-
-/// A container's output on its way out of the guest.
-struct Streams {
-    stdout: (tokio::net::UnixStream, u64),
-    /// None of a terminal, whose output is one.
-    stderr: Option<(tokio::net::UnixStream, u64)>,
-}
-
-impl Streams {
-    async fn open(
-        live: &Live,
-        id: &str,
-        terminal: bool,
-        deadline: Deadline,
-    ) -> Result<Self, GuestError> {
-        let open = |stream| {
-            let stdio = output::stdio(stream);
-            // Offset 0: from the first byte that no server has acknowledged.
-            live.guest.open_stream(id, "", stdio, 0, deadline)
-        };
-        let stderr = async {
-            match terminal {
-                true => Ok(None),
-                false => open(Stream::Stderr).await.map(Some),
-            }
-        };
-        let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), stderr)?;
-        Ok(Self { stdout, stderr })
-    }
-
-    /// Writes the log to its end and reports the container's.
-    async fn follow(self, live: Arc<Live>, id: String, log: Log, report: mpsc::Sender<Event>) {
-        let (stdout, stderr) = (self.stdout, self.stderr);
-        let errors = async {
-            if let Some((stderr, offset)) = stderr {
-                output::write_log(stderr, Stream::Stderr, offset, log.clone()).await;
-            }
-        };
-        let written = async {
-            tokio::join!(
-                output::write_log(stdout.0, Stream::Stdout, stdout.1, log.clone()),
-                errors,
-            )
-        };
-        let (exit, _) = tokio::join!(end(&live, &id), written);
-        // The owner may be gone, and the pod with it.
-        let _ = report.send(Event::Exited { id, exit }).await;
-    }
-}
-
-/// Waits for a container's end, through lost connections, until its VM ends.
-async fn end(live: &Live, id: &str) -> Result<v1::Exit, String> {
-    loop {
-        let request = v1::WaitRequest {
-            container_id: id.to_owned(),
-            exec_id: String::new(),
-        };
-        let answer = tokio::select! {
-            answer = live.guest.wait(request, Deadline::after(FOREVER)) => answer,
-            ended = live.vm.wait() => return Err(ended.reason),
-        };
-        match answer {
-            Ok(response) => {
-                let nothing = || "the guest did not say how the container ended".to_owned();
-                return response.exit.ok_or_else(nothing);
-            }
-            Err(error) if error.lost() => tokio::time::sleep(RETRY).await,
-            Err(error) => return Err(error.to_string()),
-        }
     }
 }
 

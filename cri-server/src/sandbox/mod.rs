@@ -10,6 +10,7 @@ mod event;
 mod host;
 mod image;
 mod limit;
+mod output;
 mod owner;
 mod place;
 mod pod;

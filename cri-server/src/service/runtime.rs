@@ -311,10 +311,10 @@ impl RuntimeService for Runtime {
     ) -> Answer<cri::ExecSyncResponse> {
         let request = request.into_inner();
         let (pod, id) = self.container(&request.container_id)?;
-        // No time limit of its own: the command may run as long as the client stays.
         let limit = match request.timeout {
-            0 => Deadline::after(Duration::MAX),
-            count => Deadline::after(seconds(count)),
+            1.. => Deadline::after(seconds(request.timeout)),
+            // None of its own, as for containerd: the command may run as long as the client stays.
+            _ => Deadline::after(Duration::MAX),
         };
         let output = pod.exec(&id, &request.cmd, limit).await;
         answer(output.map(|output| cri::ExecSyncResponse {

@@ -31,6 +31,9 @@ pub enum LaunchError {
     /// The stage's own words.
     #[error("{0}")]
     Stage(String),
+    /// The stage's own words: there may be no more processes.
+    #[error("{0}")]
+    Full(String),
     /// It ended without a word: killed, most likely for want of memory.
     #[error("the process ended before it was ready; its memory limit may be too low")]
     Ended,
@@ -195,6 +198,7 @@ pub fn process(socket: BorrowedFd<'_>) -> Result<i32, LaunchError> {
     match step("wait for the stage", message::receive(socket))? {
         Some((Message::Process(pid), _)) => Ok(pid),
         Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
+        Some((Message::Full(words), _)) => Err(LaunchError::Full(words)),
         _ => Err(LaunchError::Ended),
     }
 }

@@ -30,6 +30,8 @@ pub enum Message {
     Go,
     /// From either, before it ends. The text is a whole sentence.
     Failed(String),
+    /// From the stage, before it ends: there may be no more processes. The text is a whole sentence.
+    Full(String),
 }
 
 impl Message {
@@ -39,13 +41,8 @@ impl Message {
             Self::Process(pid) => [b"N".as_slice(), &pid.to_le_bytes()].concat(),
             Self::Ready => vec![b'R'],
             Self::Go => vec![b'G'],
-            Self::Failed(text) => text
-                .bytes()
-                .take(LONGEST)
-                .fold(vec![b'F'], |mut all, byte| {
-                    all.push(byte);
-                    all
-                }),
+            Self::Failed(text) => tagged(b'F', text),
+            Self::Full(text) => tagged(b'E', text),
         }
     }
 
@@ -57,9 +54,15 @@ impl Message {
             (b'R', []) => Self::Ready,
             (b'G', []) => Self::Go,
             (b'F', text) => Self::Failed(String::from_utf8_lossy(text).into_owned()),
+            (b'E', text) => Self::Full(String::from_utf8_lossy(text).into_owned()),
             _ => return None,
         })
     }
+}
+
+fn tagged(tag: u8, text: &str) -> Vec<u8> {
+    let text = text.bytes().take(LONGEST);
+    std::iter::once(tag).chain(text).collect()
 }
 
 /// Sends a message with descriptors.
@@ -160,6 +163,7 @@ mod tests {
             Message::Ready,
             Message::Go,
             Message::Failed("cannot".into()),
+            Message::Full("too many".into()),
         ] {
             send(there.as_fd(), &message, &[]).unwrap();
             assert_eq!(receive(here.as_fd()).unwrap().unwrap().0, message);

@@ -343,6 +343,15 @@ impl Owner {
             std::mem::replace(&mut self.phase, Phase::Starting),
         ) {
             (State::Created, Phase::Created(held)) => held,
+            (State::Exited(exit), phase @ Phase::Created(_)) => {
+                self.phase = phase;
+                let _ = reply.send(Err(ContainerError::State(format!(
+                    "container {} ended (code {}) before it was started: it was killed, as is every \
+                     process when the first of its PID namespace ends",
+                    self.id, exit.code
+                ))));
+                return;
+            }
             (_, phase) => {
                 self.phase = phase;
                 let _ = reply.send(Err(self.not("can be started only once")));

@@ -1,22 +1,20 @@
 //! What the stage is to do, worked out of the specification before anything is done.
 
+mod program;
 mod refusal;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::container::capability;
 use crate::container::device::{self, Node};
 use crate::container::mapping::Mapping;
 use crate::container::option::{self, MountOptions};
 use crate::container::seccomp::{self, Filter};
 use crate::container::spec::{Mount, Process, Resources, Spec};
-use crate::container::terminal::Size;
 
 /// Most mounts, masked and read-only paths of a container.
 const MOST_PATHS: usize = 1024;
-/// Most bytes of arguments and environment: the kernel's own limit is near 2 MiB.
-const MOST_STRING_BYTES: usize = 1 << 20;
+pub use program::Program;
 
 /// Why a specification is not carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -124,35 +122,6 @@ pub enum Source {
     Devices,
 }
 
-/// What the process becomes.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Program {
-    /// The program and its arguments.
-    pub arguments: Vec<String>,
-    /// `NAME=value`.
-    pub environment: Vec<String>,
-    /// Absolute path in the container.
-    pub directory: String,
-    /// Its stdio is a terminal of this size.
-    pub terminal: Option<Size>,
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
-    /// Supplementary groups.
-    pub groups: Vec<u32>,
-    /// Permission bits new files do not get.
-    pub umask: u32,
-    /// Capability sets.
-    pub capabilities: capability::Sets,
-    /// (resource number of getrlimit(2), soft, hard).
-    pub limits: Vec<(u32, u64, u64)>,
-    /// Whether exec may not gain privileges.
-    pub no_new_privileges: bool,
-    /// For the OOM killer.
-    pub oom_score_adj: i32,
-}
-
 /// Where things of one container lie in the guest.
 #[derive(Debug, Clone)]
 pub struct Places {
@@ -218,8 +187,17 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
     if spec.mounts.len().max(masked.len()).max(frozen.len()) > MOST_PATHS {
         return Err(invalid("mounts", format!("more than {MOST_PATHS} paths")));
     }
-    for path in masked.iter().chain(&frozen) {
-        absolute("linux.maskedPaths and readonlyPaths", path)?;
+    for (field, paths) in [
+        ("linux.maskedPaths", &masked),
+        ("linux.readonlyPaths", &frozen),
+    ] {
+        for path in paths {
+            absolute(field, path)?;
+            let mut parts = path.split('/');
+            if parts.all(|part| matches!(part, "" | "." | "..")) {
+                return Err(invalid(field, format!("{path:?} is the root itself")));
+            }
+        }
     }
     let devices = linux.map(|linux| device::nodes(&linux.devices));
     let mut devices = devices.transpose()?.unwrap_or_default();
@@ -265,7 +243,7 @@ pub fn container(spec: &Spec, places: &Places) -> Result<Plan, PlanError> {
                 devices,
             }),
         },
-        program: program(process, places.mapping.as_ref())?,
+        program: program::program(process, places.mapping.as_ref())?,
         filter: linux
             .and_then(|linux| linux.seccomp.as_ref())
             .map(seccomp::filter)
@@ -283,7 +261,7 @@ pub fn exec(
     Ok(Plan {
         cgroup: cgroup.to_owned(),
         place: Place::Beside,
-        program: program(process, mapping)?,
+        program: program::program(process, mapping)?,
         filter,
         mapping: mapping.cloned(),
     })
@@ -354,204 +332,5 @@ fn mounting(mount: &Mount) -> Result<Mounting, PlanError> {
     })
 }
 
-fn program(process: &Process, mapping: Option<&Mapping>) -> Result<Program, PlanError> {
-    if let Some(mapping) = mapping {
-        let user = &process.user;
-        let mut groups = user.additional_gids.iter().chain([&user.gid]);
-        let stranger = groups.find(|gid| !mapping.has_group(**gid));
-        let what = match stranger {
-            _ if !mapping.has_user(user.uid) => Some(format!("user {}", user.uid)),
-            Some(gid) => Some(format!("group {gid}")),
-            None => None,
-        };
-        if let Some(what) = what {
-            let what = format!("{what} is not in the ranges of the pod's user namespace");
-            return Err(invalid("process.user", what));
-        }
-    }
-    if process.args.first().is_none_or(String::is_empty) {
-        return Err(invalid("process.args", "names no program"));
-    }
-    let strings = || process.args.iter().chain(&process.env);
-    if strings().any(|string| string.contains('\0')) {
-        return Err(invalid("process", "a NUL byte in an argument or variable"));
-    }
-    if strings().map(String::len).sum::<usize>() > MOST_STRING_BYTES {
-        return Err(invalid(
-            "process",
-            "arguments and environment are longer than 1 MiB",
-        ));
-    }
-    let directory = match process.cwd.as_str() {
-        "" => "/",
-        cwd => cwd,
-    };
-    absolute("process.cwd", directory)?;
-    let limits = process
-        .rlimits
-        .iter()
-        .map(|limit| {
-            let kind = option::resource(&limit.kind).ok_or_else(|| {
-                invalid("process.rlimits", format!("{:?} is unknown", limit.kind))
-            })?;
-            if limit.soft > limit.hard {
-                return Err(invalid(
-                    "process.rlimits",
-                    format!("{}: soft above hard", limit.kind),
-                ));
-            }
-            Ok((kind, limit.soft, limit.hard))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let terminal = match process.terminal {
-        true => {
-            let size = process.console_size.unwrap_or_default();
-            let size = Size::new(size.width, size.height);
-            Some(size.map_err(|what| invalid("process.consoleSize", what))?)
-        }
-        false => None,
-    };
-    let sets = process.capabilities.clone().unwrap_or_default();
-    Ok(Program {
-        arguments: process.args.clone(),
-        environment: process.env.clone(),
-        directory: directory.to_owned(),
-        terminal,
-        uid: process.user.uid,
-        gid: process.user.gid,
-        groups: process.user.additional_gids.clone(),
-        umask: process.user.umask.unwrap_or(0o022) & 0o777,
-        capabilities: capability::sets(&sets)
-            .map_err(|name| invalid("process.capabilities", format!("{name:?} is unknown")))?,
-        limits,
-        no_new_privileges: process.no_new_privileges,
-        oom_score_adj: process.oom_score_adj.unwrap_or(0).clamp(-1000, 1000),
-    })
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn places() -> Places {
-        Places {
-            cgroup: "/cgroup".into(),
-            image: "/image".into(),
-            scratch: "/scratch".into(),
-            files: vec![("/etc/hosts".into(), "/files/0".into(), true)],
-            shared_pids: false,
-            mapping: None,
-        }
-    }
-
-    fn planned(spec: &Value) -> Result<Plan, PlanError> {
-        container(&read_spec(spec.to_string().as_bytes())?, &places())
-    }
-
-    /// What a widely used library takes for a container's specification.
-    fn usual() -> Value {
-        serde_json::to_value(oci_spec::runtime::Spec::default()).unwrap()
-    }
-
-    #[test]
-    fn the_usual_specification_is_carried_out() {
-        let plan = planned(&usual()).unwrap();
-        assert_eq!(plan.program.arguments, ["sh"]);
-        assert_eq!(
-            plan.program.capabilities.bounding,
-            1 << 29 | 1 << 5 | 1 << 10
-        );
-        assert_eq!(plan.program.limits, [(libc::RLIMIT_NOFILE, 1024, 1024)]);
-        let Place::New { tree, .. } = plan.place else {
-            unreachable!()
-        };
-        assert!(tree.read_only && tree.masked.contains(&"/proc/kcore".to_owned()));
-        let of = |target: &str| {
-            let at = tree.mounts.iter().position(|mount| mount.target == target);
-            &tree.mounts[at.unwrap()].source
-        };
-        assert_eq!(*of("/dev"), Source::Devices);
-        let shared = Source::Bind {
-            path: "/dev/shm".into(),
-            recursive: false,
-        };
-        assert_eq!(*of("/dev/shm"), shared);
-        assert!(matches!(of("/etc/hosts"), Source::Bind { .. }));
-        let with_devices = tree
-            .mounts
-            .iter()
-            .filter(|mount| mount.options.attributes.set & crate::mount::NO_DEV == 0)
-            .map(|mount| mount.target.as_str())
-            .collect::<Vec<_>>();
-        assert_eq!(with_devices, ["/dev/pts"]);
-    }
-
-    #[test]
-    fn what_is_not_carried_out_is_refused_by_its_name() {
-        for (path, value) in [
-            ("/hooks", json!({"poststop": [{"path": "/bin/x"}]})),
-            (
-                "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
-            ),
-            ("/linux/sysctl", json!({"kernel.msgmax": "1"})),
-            ("/linux/uidMappings", json!([{"size": 1}])),
-        ] {
-            let mut spec = usual();
-            let (parent, name) = path.rsplit_once('/').unwrap();
-            spec.pointer_mut(parent).unwrap()[name] = value;
-            let refused = planned(&spec).unwrap_err().to_string();
-            let name = path.trim_start_matches('/').replace('/', ".");
-            assert!(refused.starts_with(&name), "{refused}");
-        }
-    }
-
-    #[test]
-    fn a_field_that_is_not_carried_out_may_stay_empty() {
-        for (field, why) in refusal::REFUSED {
-            let with = |value: Value| {
-                let mut spec = usual();
-                let path = format!("/{}", field.replace('.', "/"));
-                let (parent, name) = path.rsplit_once('/').unwrap();
-                spec.pointer_mut(parent).unwrap()[name] = value;
-                planned(&spec)
-            };
-            let empty = json!(null);
-            assert!(with(empty).is_ok(), "{field}");
-            let refused = with(json!("something")).unwrap_err();
-            assert_eq!(refused, PlanError::Refused { field, why });
-        }
-    }
-
-    #[test]
-    fn values_without_sense_are_named() {
-        for (path, value) in [
-            ("/process/args", json!([])),
-            ("/process/cwd", json!("relative")),
-            ("/process/env", json!(["A=\u{0}"])),
-            ("/process/capabilities/bounding", json!(["CAP_FLY"])),
-            (
-                "/process/rlimits",
-                json!([{"type": "RLIMIT_FUN", "soft": 1, "hard": 1}]),
-            ),
-            ("/mounts", json!([{"destination": "/", "type": "tmpfs"}])),
-            ("/mounts", json!([{"destination": "/a", "type": "nfs"}])),
-            (
-                "/mounts",
-                json!([{"destination": "/a", "type": "bind", "source": "b"}]),
-            ),
-        ] {
-            let mut spec = usual();
-            let (parent, name) = path.rsplit_once('/').unwrap();
-            spec.pointer_mut(parent).unwrap()[name] = value;
-            let field = path.split('/').nth(1).unwrap();
-            match planned(&spec) {
-                Err(PlanError::Invalid { field: named, .. }) => {
-                    assert!(named.starts_with(field), "{path}: {named}");
-                }
-                other => panic!("{path}: {other:?}"),
-            }
-        }
-    }
-}
+mod tests;

@@ -211,6 +211,7 @@ fn freeze(root: &Root, path: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         found => found?,
     };
+    below_root(root, target.as_fd())?;
     let copy = mount::bind_descriptor(target.as_fd(), true)?;
     let read_only = Attributes {
         set: READ_ONLY,
@@ -226,6 +227,7 @@ fn mask(root: &Root, path: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         found => found?,
     };
+    below_root(root, target.as_fd())?;
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode);
     let cover = if kind == FileType::Directory {
         let options = [
@@ -251,6 +253,18 @@ fn mask(root: &Root, path: &str) -> io::Result<()> {
         null
     };
     mount::attach(cover.as_fd(), target.as_fd())
+}
+
+/// A mount over the root is above the root that processes have, and covers nothing.
+fn below_root(root: &Root, target: BorrowedFd<'_>) -> io::Result<()> {
+    let (root, target) = (
+        rustix::fs::fstat(root.directory())?,
+        rustix::fs::fstat(target)?,
+    );
+    match (root.st_dev, root.st_ino) == (target.st_dev, target.st_ino) {
+        true => Err(io::Error::other("it leads to the root itself")),
+        false => Ok(()),
+    }
 }
 
 /// pivot_root(2) with the old root stacked on the new one for a moment, which needs no directory

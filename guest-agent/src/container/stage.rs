@@ -35,6 +35,12 @@ enum StageError {
     Tree(#[from] rootfs::TreeError),
     #[error("{0}")]
     Program(String),
+    /// fork(2): EAGAIN.
+    #[error(
+        "there is no room for another process: the container, or its pod, has as many as its \
+         pids.max allows"
+    )]
+    Full,
     #[error("the agent is gone")]
     Alone,
 }
@@ -55,7 +61,10 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     if let Err(error) = run(socket.as_fd()) {
-        let failed = Message::Failed(error.to_string());
+        let failed = match error {
+            StageError::Full => Message::Full(error.to_string()),
+            other => Message::Failed(other.to_string()),
+        };
         let _ = message::send(socket.as_fd(), &failed, &[]);
         return ExitCode::from(NEVER_RAN);
     }
@@ -128,8 +137,13 @@ fn run(socket: BorrowedFd<'_>) -> Result<(), StageError> {
         }
         (_, None) => return Err(StageError::Program("a descriptor is missing".into())),
     }
-    if step("fork", message::fork_and_tell(socket))? {
-        become_process(socket, given)?;
+    match message::fork_and_tell(socket) {
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(StageError::Full),
+        forked => {
+            if step("fork", forked)? {
+                become_process(socket, given)?;
+            }
+        }
     }
     Ok(())
 }

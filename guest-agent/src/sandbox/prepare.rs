@@ -82,31 +82,52 @@ fn set_up(request: &PrepareRequest, mapping: Option<&Mapping>) -> Result<(), San
             {
                 theirs.push((name, value));
             }
-            done => done?,
+            done => allowed(name, done)?,
         }
     }
     // Those of a user namespace's IPC are its root's, who is nobody else.
     if let (Some(mapping), false) = (mapping, theirs.is_empty()) {
         step("act as the pod's root", crate::sys::act_as(mapping.user(0)))?;
         for (name, value) in theirs {
-            set_sysctl(name, value)?;
+            allowed(name, set_sysctl(name, value))?;
         }
     }
     Ok(())
 }
 
+/// A sysctl that not even root may write can only be read.
+fn allowed(name: &str, done: Result<(), SandboxError>) -> Result<(), SandboxError> {
+    match done {
+        Err(SandboxError::Step { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied =>
+        {
+            Err(SandboxError::Invalid(format!(
+                "sysctl {name} cannot be set: {source}"
+            )))
+        }
+        done => done,
+    }
+}
+
 /// A sysctl's name is a path below /proc/sys, with dots or, as sysctl(8) allows, slashes.
 fn set_sysctl(name: &str, value: &str) -> Result<(), SandboxError> {
+    let invalid = |what: &str| SandboxError::Invalid(format!("sysctl {name} {what}"));
     let path = sysctl_path(name)
         .ok_or_else(|| SandboxError::Invalid(format!("sysctl {name:?} is no sysctl's name")))?;
-    match fs::write(&path, value) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SandboxError::Invalid(
-            format!("sysctl {name} does not exist in the guest"),
-        )),
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(SandboxError::Invalid(
-            format!("sysctl {name} does not take {value:?}"),
-        )),
-        done => step(&format!("set the sysctl {name}"), done),
+    // The kernel reads a text to its first line break or NUL, and of nothing it takes no notice.
+    if value.is_empty() || value.contains(['\n', '\0']) {
+        return Err(invalid(&format!("cannot be set to all of {value:?}")));
+    }
+    let Err(error) = fs::write(&path, value) else {
+        return Ok(());
+    };
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::NotFound | io::ErrorKind::NotADirectory, _) => {
+            Err(invalid("does not exist in the guest"))
+        }
+        (io::ErrorKind::IsADirectory, _) => Err(invalid("names a directory of sysctls, not one")),
+        (_, Some(libc::EINVAL | libc::ERANGE)) => Err(invalid(&format!("does not take {value:?}"))),
+        _ => step(&format!("set the sysctl {name}"), Err(error)),
     }
 }
 

@@ -99,8 +99,10 @@ fn a_files_profile_is_the_specifications() {
     let parsed = parse(
         path,
         r#"{"defaultAction": "SCMP_ACT_ALLOW", "archMap": [], "comment": "passed over",
+            "defaultErrnoRet": 1, "defaultErrno": "EPERM", "architectures": [], "flags": [],
             "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5,
-                          "args": [], "includes": {}}]}"#,
+                          "errno": "EIO", "args": [], "comment": "", "includes": {},
+                          "excludes": null}]}"#,
     );
     let parsed = parsed.unwrap();
     assert_eq!(parsed.default_action(), LinuxSeccompAction::ScmpActAllow);
@@ -120,6 +122,35 @@ fn a_files_profile_is_the_specifications() {
                 {"names": ["bpf"], "action": "SCMP_ACT_ALLOW",
                  "includes": {"caps": ["CAP_BPF"]}}]}"#,
             "includes",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "defaultAction": "SCMP_ACT_ERRNO"}"#,
+            "duplicate field `defaultAction`",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscals": []}"#,
+            "\"syscals\"",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["bpf"], "action": "SCMP_ACT_ERRNO", "errno": "EIO"}]}"#,
+            "errno",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["bpf"], "action": "SCMP_ACT_ERRNO", "arg": []}]}"#,
+            "\"arg\"",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["bpf"], "names": ["kill"], "action": "SCMP_ACT_ERRNO"}]}"#,
+            "duplicate field `names`",
+        ),
+        (
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "args": [
+                    {"index": 1, "value": 9, "valuetwo": 1, "op": "SCMP_CMP_EQ"}]}]}"#,
+            "\"valuetwo\"",
         ),
     ] {
         let refused = parse(path, text).unwrap_err().to_string();

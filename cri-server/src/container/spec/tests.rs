@@ -1,5 +1,7 @@
 use super::*;
 
+use oci_spec::runtime::Process;
+
 fn image() -> ImageDefaults {
     ImageDefaults {
         entrypoint: vec!["/entry".into()],
@@ -112,7 +114,10 @@ fn a_path_is_there_even_if_nobody_sets_one() {
     let bare = ImageDefaults::default();
     let plan = plan(&container, &cri::PodSandboxConfig::default(), &bare).unwrap();
     let process = plan.spec.process().clone().unwrap();
-    assert_eq!(process.env(), &Some(vec![format!("PATH={DEFAULT_PATH}")]));
+    assert_eq!(
+        process.env(),
+        &Some(vec![format!("PATH={}", process::DEFAULT_PATH)])
+    );
     assert_eq!(process.cwd(), std::path::Path::new("/"));
     assert_eq!(process.user().username(), &Some("0".to_owned()));
 }
