@@ -104,10 +104,15 @@ pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Has all threads of this process allocate from one heap, made before the first of them. With one
-/// for each, as is usual, what lives long is spread over all, and none of them can shrink.
+/// for each, as is usual, what lives long is spread over all, and none of them can shrink. Large
+/// pieces are mapped by themselves always, and so given back: left alone, the allocator takes the
+/// first that is freed as a reason to have the next ones of that size on the heap (mallopt(3)).
 pub fn use_one_heap() {
-    // SAFETY: sets a number of the allocator's; no other thread is there to use it meanwhile.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // SAFETY: sets numbers of the allocator's; no other thread is there to use them meanwhile.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
 }
 
 /// Blocks SIGCHLD in this and all later threads and returns a descriptor that tells of it.

@@ -14,7 +14,7 @@ use crate::request::Pod;
 const COUNTED: [&str; 5] = ["descriptors", "mounts", "cgroups", "processes", "zombies"];
 
 /// The agent's own memory, in bytes.
-const MEMORY: &str = "memoryBytes";
+pub const MEMORY: &str = "memoryBytes";
 
 /// By how many bytes the agent's memory may differ between two looks at the same state: the stacks
 /// of the threads that happen to be there, and where its allocator has put what lives long.

@@ -114,6 +114,7 @@ impl Server {
 
 /// Runs the command named by the process arguments and returns its exit status.
 pub fn run() -> ExitCode {
+    sys::give_memory_back();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
