@@ -1,12 +1,12 @@
 //! The pod's own state: what Prepare sets up, the containers, and the end of all.
 
+mod files;
 mod prepare;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,11 +17,10 @@ use rustix::time::{ClockId, Timespec};
 use tokio::sync::{OnceCell, watch};
 
 use crate::container::apart::Apart;
-use crate::container::mapping::Mapping;
 use crate::container::plan::{self, Place, Places};
 use crate::container::spec::{Resources, Spec};
 use crate::container::{
-    self, Cgroup, Container, ContainerError, Endpoint, LaunchError, NewContainer, PlanError,
+    self, Cgroup, Container, ContainerError, Endpoint, LaunchError, NewContainer, State,
     Surroundings, device, layer, off, pause, user,
 };
 use crate::dial::Dialer;
@@ -29,12 +28,12 @@ use crate::disk::{DiskError, Disks};
 use crate::network::{self, NetworkError};
 use crate::reap::Reaper;
 
+pub use files::Copied;
+
 /// Where files made for containers lie, by container.
 const FILES: &str = "/run/bulkhead/files";
 /// Most containers of a pod, those that exited among them.
 const MOST_CONTAINERS: usize = 512;
-/// Most bytes of one file.
-const LARGEST_FILE: usize = 1 << 20;
 
 /// Why the pod is not as the host wants it.
 #[derive(Debug, thiserror::Error)]
@@ -299,6 +298,16 @@ impl Sandbox {
         }
     }
 
+    /// What a container that has ended has written to the files made for it.
+    pub async fn changed_files(&self, id: &str) -> Result<Vec<File>, SandboxError> {
+        let container = self.container(id)?;
+        let (State::Exited(_), _) = container.state().await? else {
+            let what = format!("container {id} has not exited");
+            return Err(SandboxError::State(what));
+        };
+        Ok(off(move || files::changed(container.copies())).await?)
+    }
+
     /// Removes a container that does not run.
     pub async fn remove(&self, id: &str) -> Result<(), SandboxError> {
         self.container(id)?.remove().await?;
@@ -458,11 +467,14 @@ fn set_out(
                 layer::make(&layer),
             )
         })
-        .and_then(|()| write_files(&home, &files, places.mapping.as_ref()));
-    if let Err(error) = filled {
-        let _ = container::remove(&cgroup, &directories);
-        return Err(error);
-    }
+        .and_then(|()| files::write(&home, &files, places.mapping.as_ref()));
+    let copies = match filled {
+        Ok(copies) => copies,
+        Err(error) => {
+            let _ = container::remove(&cgroup, &directories);
+            return Err(error);
+        }
+    };
     let new = NewContainer {
         id,
         plan,
@@ -472,36 +484,9 @@ fn set_out(
         pids,
         stdin: request.stdin,
         directories,
+        copies,
     };
     Ok((new, created))
-}
-
-fn write_files(home: &str, files: &[File], mapping: Option<&Mapping>) -> Result<(), SandboxError> {
-    step("make a directory for files", fs::create_dir_all(home))?;
-    for (at, file) in files.iter().enumerate() {
-        if file.content.len() > LARGEST_FILE {
-            let what = format!("files {}: larger than {LARGEST_FILE} bytes", file.path);
-            return Err(ContainerError::from(PlanError::Invalid {
-                field: "files".into(),
-                what,
-            })
-            .into());
-        }
-        let path = format!("{home}/{at}");
-        let mode = fs::Permissions::from_mode(file.mode & 0o777);
-        let written =
-            fs::write(&path, &file.content).and_then(|()| fs::set_permissions(&path, mode));
-        step(&format!("write {}", file.path), written)?;
-        if let Some(mapping) = mapping {
-            let root = (Some(mapping.user(0)), Some(mapping.group(0)));
-            let given = std::os::unix::fs::chown(&path, root.0, root.1);
-            step(
-                &format!("give {} to the container's root", file.path),
-                given,
-            )?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

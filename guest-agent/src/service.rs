@@ -309,6 +309,15 @@ impl Agent for Service {
         Ok(Response::new(api::ListContainersResponse { containers }))
     }
 
+    async fn changed_files(
+        &self,
+        request: Request<api::ChangedFilesRequest>,
+    ) -> Answer<api::ChangedFilesResponse> {
+        let id = request.into_inner().container_id;
+        let files = self.sandbox.changed_files(&id).await.map_err(refuse)?;
+        Ok(Response::new(api::ChangedFilesResponse { files }))
+    }
+
     async fn exec(&self, request: Request<api::ExecRequest>) -> Answer<api::ExecResponse> {
         let request = request.into_inner();
         check_id("exec id", &request.exec_id).map_err(refuse)?;

@@ -1,6 +1,7 @@
 //! The life of containers through the CRI.
 
 use std::collections::BTreeSet;
+use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
@@ -25,6 +26,7 @@ suite! {
     unknown_container_may_be_stopped,
     unknown_image_is_refused_by_name,
     containers_run_side_by_side,
+    what_a_container_writes_to_host_files_comes_back,
 }
 
 fn container_runs_and_reports_its_exit(node: &Node) -> Result<()> {
@@ -324,5 +326,64 @@ fn containers_run_side_by_side(node: &Node) -> Result<()> {
             "exit code of container {wanted}"
         );
     }
+    Ok(())
+}
+
+fn what_a_container_writes_to_host_files_comes_back(node: &Node) -> Result<()> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    let pod = node.pod("termination")?;
+    let directory = node.scratch().join("termination");
+    fs::create_dir_all(&directory)?;
+    let host = |name: &str| directory.join(name);
+    for name in ["log", "fixed", "large", "swapped", "taken"] {
+        fs::write(host(name), "old\n")?;
+        fs::set_permissions(host(name), fs::Permissions::from_mode(0o666))?;
+    }
+    let mount = |name: &str, path: &str, readonly| Mount {
+        host_path: host(name).display().to_string(),
+        container_path: path.to_owned(),
+        readonly,
+        ..Mount::default()
+    };
+    // What the image's user may write, too; after a kill by the runtime as after an end.
+    let line = "echo reason > /dev/termination-log; echo x >> /in/fixed; echo x > /in/swapped; \
+                echo x > /in/taken; head -c 70000 /dev/zero > /in/large; \
+                trap '' TERM; while :; do sleep 1; done";
+    let mut config = shell("failing", &node.base()?, line);
+    security(&mut config).run_as_user = number(1000);
+    config.mounts = vec![
+        mount("log", "/dev/termination-log", false),
+        mount("fixed", "/in/fixed", true),
+        mount("large", "/in/large", false),
+        mount("swapped", "/in/swapped", false),
+        mount("taken", "/in/taken", false),
+    ];
+    let inode = fs::metadata(host("log"))?.ino();
+    let id = pod.create(&config)?;
+    pod.cri.start(&id)?;
+    // A link in a file's place is not followed, and what the host has written stays.
+    fs::write(host("secret"), "of the host\n")?;
+    fs::remove_file(host("swapped"))?;
+    symlink(host("secret"), host("swapped"))?;
+    fs::write(host("taken"), "newer\n")?;
+    let written = "while [ $(stat -c %s /in/large) != 70000 ]; do sleep 0.1; done";
+    pod.cri.shell(&id, written)?;
+    ensure!(
+        fs::read_to_string(host("log"))? == "old\n",
+        "before the end"
+    );
+    pod.cri.stop(&id, 0)?;
+    let status = pod.cri.wait(&id)?;
+    ensure!(status.exit_code == 137, "{status:?}");
+    let now = |name: &str| fs::read_to_string(host(name));
+    ensure!(now("log")? == "reason\n", "{:?}", now("log"));
+    ensure!(
+        fs::metadata(host("log"))?.ino() == inode,
+        "another file in its place"
+    );
+    ensure!(now("fixed")? == "old\n", "{:?}", now("fixed"));
+    ensure!(now("large")? == "old\n", "{:?}", now("large"));
+    ensure!(now("secret")? == "of the host\n", "{:?}", now("secret"));
+    ensure!(now("taken")? == "newer\n", "{:?}", now("taken"));
     Ok(())
 }

@@ -1,15 +1,19 @@
-//! Small files that go into a container by copy.
+//! Small files that go into a container by copy, and back when it has ended.
 
+use std::fs::{self, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use bulkhead_agent_api::v1::File;
+use serde::{Deserialize, Serialize};
 
 use super::mount::HostFile;
 
 /// The largest file that is copied, in bytes (Kubernetes' bound for a Secret or ConfigMap).
 const LARGEST: u64 = 1 << 20;
+/// The largest file that comes back, in bytes. The kubelet reads 4096 of a termination message.
+const LARGEST_BACK: usize = 64 << 10;
 
 /// Why a mount cannot be copied.
 #[derive(Debug, thiserror::Error)]
@@ -37,10 +41,39 @@ pub enum FileError {
         /// What it is.
         reason: &'static str,
     },
+    /// What the container has written stays in the guest.
+    #[error("What was written to {container_path} does not come back to {host_path}: {reason}")]
+    Back {
+        /// The host's side.
+        host_path: String,
+        /// The container's side.
+        container_path: String,
+        /// What stands against it.
+        reason: String,
+    },
 }
 
-/// Reads a file of the host. Blocks.
-pub fn read(file: &HostFile) -> Result<File, FileError> {
+/// A file of the host that a container may write, as it was when it was copied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copied {
+    /// Where it is on the host.
+    pub host_path: String,
+    /// Where the container sees it.
+    pub container_path: String,
+    /// Number of its device.
+    device: u64,
+    /// Number of its inode.
+    inode: u64,
+    /// When it was last written: seconds since 1970, nanoseconds.
+    modified: (i64, i64),
+}
+
+fn modified(metadata: &fs::Metadata) -> (i64, i64) {
+    (metadata.mtime(), metadata.mtime_nsec())
+}
+
+/// Reads a file of the host; with what it is, if it may be written. Blocks.
+pub fn read(file: &HostFile) -> Result<(File, Option<Copied>), FileError> {
     let failed = |source| FileError::Read {
         host_path: file.host_path.clone(),
         container_path: file.container_path.clone(),
@@ -53,7 +86,7 @@ pub fn read(file: &HostFile) -> Result<File, FileError> {
     };
     // Opening a FIFO or a device must neither wait nor do anything.
     let nonblock = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
-    let open = std::fs::OpenOptions::new()
+    let open = OpenOptions::new()
         .read(true)
         .custom_flags(nonblock.bits().cast_signed())
         .open(Path::new(&file.host_path));
@@ -80,12 +113,60 @@ pub fn read(file: &HostFile) -> Result<File, FileError> {
     if content.len() as u64 > LARGEST {
         return Err(unsupported("it is larger"));
     }
-    Ok(File {
+    let copied = Copied {
+        host_path: file.host_path.clone(),
+        container_path: file.container_path.clone(),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        modified: modified(&metadata),
+    };
+    let file = File {
         path: file.container_path.clone(),
         content,
         mode: metadata.mode() & 0o777,
         read_only: file.read_only,
-    })
+    };
+    let copied = (!file.read_only).then_some(copied);
+    Ok((file, copied))
+}
+
+/// Writes what a container has made of a file into the host's, in place, as if it had been mounted.
+/// Only into the very file that was copied, and only if nobody has written it since. Blocks.
+pub fn write_back(copied: &Copied, content: &[u8]) -> Result<(), FileError> {
+    let fail = |reason: String| FileError::Back {
+        host_path: copied.host_path.clone(),
+        container_path: copied.container_path.clone(),
+        reason,
+    };
+    let failed = |error: std::io::Error| fail(error.to_string());
+    if content.len() > LARGEST_BACK {
+        return Err(fail(format!("it is larger than {LARGEST_BACK} bytes")));
+    }
+    // Opening a FIFO or a device in its place must neither wait nor do anything.
+    let flags =
+        rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    let host = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags.bits().cast_signed())
+        .open(Path::new(&copied.host_path))
+        .map_err(failed)?;
+    let metadata = host.metadata().map_err(failed)?;
+    if !metadata.is_file() || (metadata.dev(), metadata.ino()) != (copied.device, copied.inode) {
+        return Err(fail("it is another file by now".to_owned()));
+    }
+    if modified(&metadata) != copied.modified {
+        let mut present = Vec::new();
+        let bounded = (&host).take(LARGEST_BACK as u64 + 1);
+        { bounded }.read_to_end(&mut present).map_err(failed)?;
+        // By a server that ended before it could say so.
+        if present == content {
+            return Ok(());
+        }
+        return Err(fail("the host has written it meanwhile".to_owned()));
+    }
+    host.write_all_at(content, 0).map_err(failed)?;
+    host.set_len(content.len() as u64).map_err(failed)
 }
 
 /// `/etc/hosts` and `/etc/hostname` for a container that mounts none of its own.
@@ -130,7 +211,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("hosts");
         std::fs::write(&path, "127.0.0.1 me\n").unwrap();
-        let file = read(&host_file(&path)).unwrap();
+        let (file, copied) = read(&host_file(&path)).unwrap();
+        assert_eq!(copied, None);
         assert_eq!(file.content, b"127.0.0.1 me\n");
         assert_eq!(file.path, "/in");
         assert!(file.read_only);
@@ -152,6 +234,41 @@ mod tests {
         let socket = directory.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         refuse(&socket, "socket");
+    }
+
+    #[test]
+    fn what_a_container_wrote_goes_into_the_file_it_was_copied_from() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        std::fs::write(&path, "a longer text").unwrap();
+        let writable = HostFile {
+            read_only: false,
+            ..host_file(&path)
+        };
+        let copied = || read(&writable).unwrap().1.unwrap();
+        let before = std::fs::metadata(&path).unwrap().ino();
+        let first = copied();
+        write_back(&first, b"reason").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"reason");
+        assert_eq!(std::fs::metadata(&path).unwrap().ino(), before);
+        // Once more, as after a restart; but nothing else.
+        write_back(&first, b"reason").unwrap();
+        let refuse = |copied: &Copied, content: &[u8], why: &str| {
+            let refusal = write_back(copied, content).unwrap_err().to_string();
+            assert!(refusal.contains(why), "{refusal}");
+        };
+        refuse(&first, b"other", "meanwhile");
+        let second = copied();
+        refuse(&second, &vec![0; LARGEST_BACK + 1], "larger");
+        let aside = directory.path().join("aside");
+        std::fs::rename(&path, &aside).unwrap();
+        refuse(&second, b"x", "No such file");
+        std::fs::write(&path, "reason").unwrap();
+        refuse(&second, b"x", "another file");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&aside, &path).unwrap();
+        refuse(&second, b"x", "symbolic links");
+        assert_eq!(std::fs::read(&aside).unwrap(), b"reason");
     }
 
     #[test]

@@ -196,6 +196,9 @@ calls! {
     signal, signal: SignalRequest => SignalResponse, "signal the container";
     /// Waits for an end.
     wait, wait: WaitRequest => WaitResponse, "wait for the container";
+    /// Tells what an ended container has written to its files.
+    changed_files, changed_files: ChangedFilesRequest => ChangedFilesResponse,
+        "tell what the container has written";
     /// Removes a container.
     remove_container, remove_container: RemoveContainerRequest => RemoveContainerResponse,
         "remove the container";

@@ -15,6 +15,7 @@ use super::owner::Owner;
 use super::pod::running;
 use super::record::{Container, Disk, User};
 use super::state::{ContainerState, PodState};
+use crate::container::file::Copied;
 use crate::container::log::Log;
 use crate::container::spec::{self, Plan, SpecError};
 use crate::container::{file, seccomp, signal};
@@ -58,7 +59,7 @@ impl Owner {
             self.check_target(target)?;
         }
         let log_path = log_path(&self.record.config.log_directory, &config.log_path)?;
-        let files = self.files(&plan).await?;
+        let (files, copies) = self.files(&plan).await?;
         let stop_signal = signal::stop(config.stop_signal(), image.stop_signal.as_deref());
         let (image_id, image_ref) = (image.id.clone(), image.reference.clone());
         let image_serial = self.attach(&live, image, deadline).await?;
@@ -85,6 +86,7 @@ impl Owner {
             process: plan.spec.process().clone().unwrap_or_default(),
             user: None,
             log_path,
+            copies,
             state: ContainerState::Creating,
         };
         self.lift_for(&limits, deadline).await?;
@@ -137,20 +139,21 @@ impl Owner {
         .into())
     }
 
-    async fn files(&self, plan: &Plan) -> Result<Vec<v1::File>, SandboxError> {
+    /// The files to be made in the guest, and those of the host among them that may be written.
+    async fn files(&self, plan: &Plan) -> Result<(Vec<v1::File>, Vec<Copied>), SandboxError> {
         let mounted = plan.files.clone();
         let read = move || {
-            let files: Result<Vec<_>, _> = mounted.iter().map(file::read).collect();
-            Ok(files?)
+            let read: Result<Vec<_>, _> = mounted.iter().map(file::read).collect();
+            Ok(read?)
         };
-        let mut files = blocking(read).await?;
+        let (mut files, copies): (Vec<_>, Vec<_>) = blocking(read).await?.into_iter().unzip();
         let identity = file::identity(
             &files,
             &self.record.hostname,
             &self.record.state.addresses(),
         );
         files.extend(identity);
-        Ok(files)
+        Ok((files, copies.into_iter().flatten().collect()))
     }
 
     /// Makes sure that the image's disk is in the VM; returns the disk's serial.
@@ -212,8 +215,9 @@ impl Owner {
         }
         let created_at = container.created_at;
         let terminal = container.config.tty;
+        let copies = container.copies.clone();
         let log = Log::open(container.log_path.clone()).await?;
-        let streams = Streams::open(&live, id, terminal, deadline).await?;
+        let streams = Streams::open(&live, id, terminal, copies, deadline).await?;
         let request = v1::StartContainerRequest {
             // The agent starts a container once. What it answered stays true, and an answer that
             // was lost is given again when the client tries again.
@@ -267,7 +271,8 @@ impl Owner {
                 ContainerState::Running { .. } => {
                     let limit = Deadline::after(self.host.config.vm.boot_timeout());
                     let log = Log::open(container.log_path.clone()).await;
-                    let streams = Streams::open(&live, &id, container.config.tty, limit).await;
+                    let (terminal, copies) = (container.config.tty, container.copies.clone());
+                    let streams = Streams::open(&live, &id, terminal, copies, limit).await;
                     let (Ok(log), Ok(streams)) = (log, streams) else {
                         tracing::error!(container = %id, "a container's output is not followed");
                         continue;

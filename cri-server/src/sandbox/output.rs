@@ -1,4 +1,4 @@
-//! A container's output and its end, followed for as long as it runs.
+//! A container's output, followed for as long as it runs, and what comes back at its end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,15 +7,18 @@ use bulkhead_agent_api::v1;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-use super::boot::Live;
+use super::boot::{Live, blocking};
 use super::owner::Event;
+use crate::container::file::Copied;
 use crate::container::log::{Log, Stream};
-use crate::container::output;
+use crate::container::{file, output};
 use crate::deadline::Deadline;
 use crate::guest::GuestError;
 
 /// A wait that ends when the container does.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// How long a guest may take to tell what a container has written.
+const ASKING: Duration = Duration::from_secs(10);
 /// Between attempts to reach a guest that has lost its connection.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -24,6 +27,8 @@ pub(super) struct Streams {
     stdout: (UnixStream, u64),
     /// None of a terminal, whose output is one.
     stderr: Option<(UnixStream, u64)>,
+    /// Files of the host that the container may write.
+    copies: Vec<Copied>,
 }
 
 impl Streams {
@@ -32,6 +37,7 @@ impl Streams {
         live: &Live,
         id: &str,
         terminal: bool,
+        copies: Vec<Copied>,
         deadline: Deadline,
     ) -> Result<Self, GuestError> {
         let open = |stream| {
@@ -45,7 +51,11 @@ impl Streams {
             }
         };
         let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), stderr)?;
-        Ok(Self { stdout, stderr })
+        Ok(Self {
+            stdout,
+            stderr,
+            copies,
+        })
     }
 
     /// Writes the log to its end and reports the container's.
@@ -69,9 +79,47 @@ impl Streams {
             )
         };
         let (exit, _) = tokio::join!(end(&live, &id), written);
+        if exit.is_ok() && !self.copies.is_empty() {
+            bring_back(&live, &id, self.copies).await;
+        }
         // The owner may be gone, and the pod with it.
         let _ = report.send(Event::Exited { id, exit }).await;
     }
+}
+
+/// Writes what an ended container has made of the host's files into them: its termination message
+/// above all, which the kubelet reads when it learns of the end (CRI `ContainerConfig.mounts`).
+async fn bring_back(live: &Live, id: &str, copies: Vec<Copied>) {
+    let request = v1::ChangedFilesRequest {
+        container_id: id.to_owned(),
+    };
+    let call = live.guest.changed_files(request, Deadline::after(ASKING));
+    let changed = tokio::select! {
+        answer = call => answer,
+        _ = live.vm.wait() => return,
+    };
+    let files = match changed {
+        Ok(changed) => changed.files,
+        Err(error) => {
+            tracing::warn!(container = %id, %error, "what was written to files does not come back");
+            return;
+        }
+    };
+    let id = id.to_owned();
+    let written = blocking(move || {
+        for copied in &copies {
+            let path = &copied.container_path;
+            let Some(file) = files.iter().find(|file| file.path == *path) else {
+                continue;
+            };
+            if let Err(error) = file::write_back(copied, &file.content) {
+                tracing::warn!(container = %id, "{error}");
+            }
+        }
+        Ok(())
+    });
+    // It cannot fail but by a panic, which is told elsewhere.
+    let _ = written.await;
 }
 
 /// Waits for a container's end, through lost connections, until its VM ends.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{ContainerState, PodState};
 use super::undo::UndoList;
 use super::{SandboxError, host};
+use crate::container::file::Copied;
 use crate::replace::replace;
 
 /// Version of [`Record`]; no other has been written yet, and none is read.
@@ -90,6 +91,9 @@ pub struct Container {
     pub user: Option<User>,
     /// Where its log goes; dropped if nowhere.
     pub log_path: Option<PathBuf>,
+    /// Files of the host that it may write.
+    #[serde(default)]
+    pub copies: Vec<Copied>,
     /// Where it is in its life.
     pub state: ContainerState,
 }
@@ -155,6 +159,7 @@ impl Container {
             stop_signal: 15,
             user: None,
             log_path: Some("/log/0.log".into()),
+            copies: Vec::new(),
             state,
         }
     }

@@ -69,6 +69,7 @@ fn code(error: &SandboxError) -> Code {
         | SandboxError::File { .. }
         | SandboxError::Broken(_)
         | SandboxError::Cgroup(_)
+        | SandboxError::Mount(FileError::Back { .. })
         | SandboxError::Scratch(_)
         | SandboxError::Record(_)
         | SandboxError::Log(_)

@@ -19,7 +19,7 @@ use crate::container::seccomp::Filter;
 use crate::container::spec;
 use crate::container::terminal::Size;
 use crate::reap::Reaper;
-use crate::sandbox::now_nanoseconds;
+use crate::sandbox::{Copied, now_nanoseconds};
 
 use exec::Exec;
 
@@ -60,6 +60,7 @@ pub struct Surroundings {
 #[derive(Debug, Clone)]
 pub struct Container {
     commands: mpsc::Sender<Command>,
+    copies: Arc<[Copied]>,
 }
 
 #[derive(Debug)]
@@ -113,6 +114,8 @@ pub struct NewContainer {
     pub stdin: bool,
     /// Directories that are the container's own.
     pub directories: Vec<String>,
+    /// Files of the host that it may write.
+    pub copies: Vec<Copied>,
 }
 
 /// Runs blocking work on a thread for it.
@@ -141,6 +144,7 @@ impl Container {
             pids,
             stdin,
             directories,
+            copies,
         } = new;
         let filter = plan.filter.clone();
         let with = apart.clone();
@@ -173,7 +177,13 @@ impl Container {
             execs: HashMap::new(),
         };
         tokio::spawn(owner.run(incoming));
-        Ok((Self { commands }, pid))
+        let copies = copies.into();
+        Ok((Self { commands, copies }, pid))
+    }
+
+    /// Files of the host that it may write.
+    pub fn copies(&self) -> &[Copied] {
+        &self.copies
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ContainerError> {
