@@ -92,6 +92,10 @@ pub fn configure(interface: &Interface, handed_over: bool) -> Result<(), Network
         .map_err(refused(format!("set its name and MTU {}", interface.mtu)))?;
     // Present only in a kernel with IPv6.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"), "0");
+    if !interface.exact_routes {
+        // Neighbours on such a link are other pods, which have no routes to offer.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+    }
     let up = LinkChange {
         up: true,
         ..LinkChange::default()

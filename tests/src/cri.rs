@@ -190,6 +190,17 @@ impl Cri {
         Ok(self.run_pod_sandbox(request)?.pod_sandbox_id)
     }
 
+    /// Tells the addresses of the node's pods, as a kubelet does.
+    pub fn tell_pod_cidr(&self, pod_cidr: &str) -> Answer<()> {
+        let network_config = Some(NetworkConfig {
+            pod_cidr: pod_cidr.to_owned(),
+        });
+        self.update_runtime_config(UpdateRuntimeConfigRequest {
+            runtime_config: Some(RuntimeConfig { network_config }),
+        })?;
+        Ok(())
+    }
+
     /// Stops a pod.
     pub fn stop_pod(&self, id: &str) -> Answer<()> {
         let pod_sandbox_id = id.to_owned();

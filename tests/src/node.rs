@@ -120,6 +120,7 @@ impl Node {
             root: None,
             settings: String::new(),
             cni: None,
+            network: String::new(),
             private_mounts: None,
         }
     }
@@ -180,8 +181,8 @@ impl Node {
         self.spoiled.store(true, Ordering::Relaxed);
     }
 
-    /// Ends the server and checks that it leaves nothing that runs or is mounted. What a case that
-    /// failed has left was told with it, and is no fault of the end.
+    /// Ends the server and checks that it leaves nothing that runs or is mounted, and no bridge. What
+    /// a case that failed has left was told with it, and is no fault of the end.
     pub fn close(self) -> Result<()> {
         let Some(server) = self.server.into_inner() else {
             return Ok(());
@@ -192,6 +193,9 @@ impl Node {
             return Ok(());
         }
         leak::expect_unused(&home)?;
+        if self.runtime == Runtime::Bulkhead {
+            leak::expect_no_bridge()?;
+        }
         remove_cgroup_parent()
     }
 }

@@ -46,6 +46,8 @@ pub struct Plan {
     pub settings: String,
     /// The only network of its CNI directory; the runtime's own way to have a network unless given.
     pub cni: Option<serde_json::Value>,
+    /// Further lines of the configuration's table `network`.
+    pub network: String,
     /// Shell that changes the mounts the server sees, and nobody else.
     pub private_mounts: Option<String>,
 }
@@ -161,6 +163,7 @@ impl Plan {
         let Self {
             home,
             settings,
+            network,
             registry,
             fake_registry,
             ..
@@ -173,6 +176,7 @@ socket = "{socket}"
 [network]
 cni = "{cni}"
 cni_plugins = ["{home}/cni-plugins", "/usr/lib/cni"]
+{network}
 [registry."{registry}"]
 plain_http = true
 [registry."{fake_registry}"]

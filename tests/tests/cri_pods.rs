@@ -466,7 +466,6 @@ fn calls_that_are_not_there_answer_unimplemented(node: &Node) -> Result<()> {
         attach,
         port_forward,
         checkpoint_container,
-        update_runtime_config,
     }
     Ok(())
 }

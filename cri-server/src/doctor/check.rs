@@ -50,6 +50,7 @@ pub fn examine(tests_too: bool) -> Report {
     findings.push(artefacts());
     findings.extend(TOOLS.map(|(tool, package, purpose)| program(tool, package, purpose)));
     findings.push(pod_network());
+    findings.push(bridged_answers());
     findings.push(erofs(tests_too));
     findings.extend(nx_huge_pages());
     findings.extend(favordynmods());
@@ -246,6 +247,21 @@ fn pod_network() -> Finding {
             "load the modules: modprobe -a bridge veth tun sch_ingress cls_u32 act_mirred nf_tables",
         ),
     }
+}
+
+/// Whether frames between ports of a bridge pass the host's translation, as answers of services must.
+fn bridged_answers() -> Finding {
+    let name = "bridged answers";
+    let on = fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables");
+    if on.is_ok_and(|on| on.trim() == "1") {
+        return Finding::good(name, "br_netfilter shows them to the host's rules");
+    }
+    Finding::warning(
+        name,
+        "the host's rules do not see them",
+        "with kube-proxy and CNI's bridge plugin, so that pods reach services of their own node: \
+         modprobe br_netfilter && sysctl -w net.bridge.bridge-nf-call-iptables=1",
+    )
 }
 
 /// Guests mount images, not the host; only the tests of the image store do it here.

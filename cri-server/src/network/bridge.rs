@@ -4,18 +4,18 @@
 //! server finds its bridge again after a kill, and servers with other state directories (such as
 //! those of `bulkhead run`) take another name and another pool beside it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use rustix::fs::FlockOperation;
 
-use super::dns::Dns;
 use super::error::NetworkError;
+use super::forwarding;
 use super::link::{Link, Links};
 use super::nat;
-use super::prefix::Ipv4Prefix;
+use super::subnets::{Choice, Subnets};
 
 /// Bridge names are this and a number from 0 to 255.
 const NAME: &str = "bulkhead";
@@ -23,40 +23,31 @@ const NAME: &str = "bulkhead";
 const ALIAS_BYTES: usize = 255;
 const DEFAULT_MTU: u32 = 1500;
 
-/// A bridge that is up, with its translation.
+/// A bridge that is up.
 #[derive(Debug, Clone)]
 pub struct Bridge {
     pub link: Link,
-    pub pool: Ipv4Prefix,
+    pub subnets: Subnets,
 }
 
 /// How this server's bridge is known, and what it is to be.
 #[derive(Debug, Clone)]
 pub struct Plan {
     alias: String,
-    pool: Option<Ipv4Prefix>,
     mtu: Option<u32>,
+    /// Its networks.
+    pub choice: Choice,
 }
 
 impl Plan {
     /// For the server whose state is under `root`.
-    pub fn new(
-        root: &Path,
-        pool: Option<Ipv4Prefix>,
-        mtu: Option<u32>,
-    ) -> Result<Self, NetworkError> {
+    pub fn new(root: &Path, choice: Choice, mtu: Option<u32>) -> Result<Self, NetworkError> {
         let alias = format!("{NAME} {}", root.display());
         if alias.len() > ALIAS_BYTES {
             let message = format!("the path is too long; {ALIAS_BYTES} bytes are the limit");
             return Err(NetworkError::state(root, io::Error::other(message)));
         }
-        if let Some(pool) = pool
-            && pool.pod_count() == 0
-        {
-            let reason = "it has no room for a pod".to_owned();
-            return Err(NetworkError::Pool { pool, reason });
-        }
-        Ok(Self { alias, pool, mtu })
+        Ok(Self { alias, mtu, choice })
     }
 
     /// The bridge of this server as it is, if there is one.
@@ -67,28 +58,35 @@ impl Plan {
             .find(|link| link.alias.as_deref() == Some(&self.alias)))
     }
 
-    /// Makes the bridge, or completes the one there is. The host's other links stay untouched;
-    /// forwarding of IPv4 is switched on for the host and stays on, since others may have come
-    /// to need it.
-    pub async fn ensure(&self, links: &Links) -> Result<Bridge, NetworkError> {
+    /// The bridge of this server with its networks, if it is complete.
+    pub async fn existing(&self, links: &Links) -> Result<Option<Bridge>, NetworkError> {
+        let Some(link) = self.find(links).await? else {
+            return Ok(None);
+        };
+        let (v4, v6) = links.networks(&link).await?;
+        Ok(v4.map(|v4| Bridge {
+            link,
+            subnets: Subnets { v4, v6 },
+        }))
+    }
+
+    /// Makes the bridge, or completes the one there is; its translation is to be set then. The
+    /// host's other links stay as they are; forwarding is switched on for the host.
+    pub async fn ensure(&mut self, links: &Links) -> Result<Bridge, NetworkError> {
         let _lock = lock()?;
-        let found = match self.find(links).await? {
-            Some(link) => match links.address(&link).await? {
-                Some((_, pool)) => Some(Bridge { link, pool }),
-                // Its making was interrupted before any pod could be on it.
-                None => {
-                    links.remove(&link).await?;
-                    None
-                }
-            },
-            None => None,
-        };
+        let found = self.existing(links).await?;
         let fresh = found.is_none();
-        let bridge = match found {
+        let mut bridge = match found {
             Some(bridge) => bridge,
-            None => self.create(links).await?,
+            None => {
+                if let Some(link) = self.find(links).await? {
+                    // Its making was interrupted before any pod could be on it.
+                    links.remove(&link).await?;
+                }
+                self.create(links).await?
+            }
         };
-        let ready = complete(links, &bridge).await;
+        let ready = self.complete(links, &mut bridge).await;
         if ready.is_err() && fresh {
             // The first failure is the one to report.
             let _ = discard(links, &bridge.link).await;
@@ -106,28 +104,27 @@ impl Plan {
     }
 
     async fn create(&self, links: &Links) -> Result<Bridge, NetworkError> {
-        let pool = self.choose_pool(links).await?;
+        let v4 = self.choice.v4(links).await?;
         let mtu = match self.mtu {
             Some(mtu) => mtu,
             None => uplink_mtu(links).await?,
         };
         for number in 0..=255 {
             let name = format!("{NAME}{number}");
-            let Some(link) = links.add_bridge(&name, mac(pool.gateway()), mtu).await? else {
+            let Some(link) = links.add_bridge(&name, mac(v4.gateway()), mtu).await? else {
                 continue;
             };
             let marked = async {
                 links.set_alias(&link, &self.alias).await?;
                 // Setting it, even to what it is, keeps it from following the ports.
                 links.set_mtu(&link, mtu).await?;
-                links
-                    .add_address(&link, pool.gateway(), pool.length())
-                    .await
+                let gateway = v4.gateway().into();
+                links.add_address(&link, gateway, v4.length()).await
             };
             return match marked.await {
                 Ok(()) => Ok(Bridge {
                     link: Link { mtu, ..link },
-                    pool,
+                    subnets: Subnets { v4, v6: None },
                 }),
                 Err(error) => {
                     let _ = links.remove(&link).await;
@@ -138,30 +135,20 @@ impl Plan {
         Err(NetworkError::NoFreeBridge(NAME))
     }
 
-    async fn choose_pool(&self, links: &Links) -> Result<Ipv4Prefix, NetworkError> {
-        let mut taken = links.destinations().await?;
-        if let Some(pool) = self.pool {
-            return match taken.iter().find(|other| other.overlaps(pool)) {
-                Some(other) => {
-                    let reason = format!("this host has a route to {other}");
-                    Err(NetworkError::Pool { pool, reason })
-                }
-                None => Ok(pool),
-            };
+    /// The steps that may be repeated on a bridge that is there.
+    async fn complete(&mut self, links: &Links, bridge: &mut Bridge) -> Result<(), NetworkError> {
+        let ipv6 = forwarding::has_ipv6();
+        forwarding::settle(&bridge.link.name, ipv6)?;
+        if ipv6 && bridge.subnets.v6.is_none() {
+            let v6 = self.choice.v6(links, bridge.subnets.v4).await?;
+            let gateway = v6.gateway().into();
+            links
+                .add_address(&bridge.link, gateway, v6.length())
+                .await?;
+            bridge.subnets.v6 = Some(v6);
         }
-        // A resolver behind the default route must stay reachable, too.
-        taken.extend(
-            Dns::of_host()
-                .nameservers
-                .iter()
-                .filter_map(|address| match address {
-                    IpAddr::V4(address) => Ipv4Prefix::around(*address, 32),
-                    IpAddr::V6(_) => None,
-                }),
-        );
-        candidates()
-            .find(|pool| !taken.iter().any(|other| other.overlaps(*pool)))
-            .ok_or(NetworkError::NoFreePool)
+        forwarding::switch_on(ipv6)?;
+        links.up(&bridge.link).await
     }
 }
 
@@ -170,16 +157,6 @@ impl Plan {
 pub fn mac(address: Ipv4Addr) -> [u8; 6] {
     let [a, b, c, d] = address.octets();
     [0x0a, 0x58, a, b, c, d]
-}
-
-/// Pools of 4093 pods, away from what other software takes by default: 10.231.0.0/16, then
-/// 172.29.0.0/16, in steps of a /20.
-fn candidates() -> impl Iterator<Item = Ipv4Prefix> {
-    [(10, 231), (172, 29)].into_iter().flat_map(|(a, b)| {
-        (0..=240_u8)
-            .step_by(16)
-            .filter_map(move |c| Ipv4Prefix::around(Ipv4Addr::new(a, b, c, 0), 20))
-    })
 }
 
 async fn uplink_mtu(links: &Links) -> Result<u32, NetworkError> {
@@ -195,36 +172,10 @@ async fn uplink_mtu(links: &Links) -> Result<u32, NetworkError> {
     Ok(mtu.unwrap_or(DEFAULT_MTU).clamp(576, DEFAULT_MTU))
 }
 
-/// The steps that may be repeated on a bridge that is there.
-async fn complete(links: &Links, bridge: &Bridge) -> Result<(), NetworkError> {
-    let name = &bridge.link.name;
-    // Pods must not be able to give this host an IPv6 address or route by advertisements.
-    write(
-        Path::new(&format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6")),
-        "1",
-    )?;
-    write(Path::new("/proc/sys/net/ipv4/ip_forward"), "1")?;
-    nat::set(name, bridge.pool).await?;
-    links.up(&bridge.link).await
-}
-
 async fn discard(links: &Links, link: &Link) -> Result<(), NetworkError> {
     // The table first: a bridge without table is found again by its alias.
     nat::remove(&link.name).await?;
     links.remove(link).await
-}
-
-fn write(path: &Path, value: &str) -> Result<(), NetworkError> {
-    let current = match fs::read_to_string(path) {
-        // No IPv6 in this kernel.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|source| NetworkError::state(path, source))?,
-    };
-    // Writing would reset other settings of the host even when the value stays.
-    if current.trim() == value {
-        return Ok(());
-    }
-    fs::write(path, value).map_err(|source| NetworkError::state(path, source))
 }
 
 /// Keeps servers from choosing the same name and pool: a lock on the network namespace itself,
@@ -239,32 +190,14 @@ fn lock() -> Result<File, NetworkError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::subnets::Pair;
     use super::*;
 
     #[test]
-    fn candidates_do_not_overlap_each_other() {
-        let all: Vec<Ipv4Prefix> = candidates().collect();
-        assert_eq!(all.len(), 32);
-        for (index, pool) in all.iter().enumerate() {
-            assert!(
-                !all.iter()
-                    .skip(index + 1)
-                    .any(|other| other.overlaps(*pool)),
-                "{pool}"
-            );
-        }
-    }
-
-    #[test]
     fn a_state_directory_whose_name_does_not_fit_an_alias_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let choice = Choice::open(root.path(), Pair::default()).unwrap();
         let long = "x".repeat(ALIAS_BYTES);
-        assert!(Plan::new(Path::new(&long), None, None).is_err());
-    }
-
-    #[test]
-    fn a_pool_without_room_is_refused() {
-        let tiny = "10.0.0.0/31".parse().unwrap();
-        let refusal = Plan::new(Path::new("/x"), Some(tiny), None).unwrap_err();
-        assert!(refusal.to_string().contains("10.0.0.0/31"));
+        assert!(Plan::new(Path::new(&long), choice, None).is_err());
     }
 }

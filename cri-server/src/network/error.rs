@@ -70,7 +70,7 @@ pub enum NetworkError {
     #[error("address pool {pool} cannot be used: {reason}; configure another pool")]
     Pool {
         /// The pool.
-        pool: Ipv4Prefix,
+        pool: String,
         /// Why.
         reason: String,
     },
@@ -97,12 +97,20 @@ pub enum NetworkError {
     /// What plugins promised and did not do.
     #[error("CNI plugins promised {}, and the pod's links do not have them", .0.join(", "))]
     Missing(Vec<String>),
-    /// The embedded bridge has none.
-    #[error(
-        "port {0} of the host cannot be mapped by the embedded bridge; configure a CNI network \
-         with the portmap plugin"
-    )]
-    HostPort(i32),
+    /// What the kubelet tells makes no sense.
+    #[error("pod_cidr: {0}")]
+    PodCidr(String),
+    /// What is asked of the host's ports cannot be.
+    #[error("the pod cannot have its ports of the host: {0}")]
+    HostPort(String),
+    /// Another pod has it.
+    #[error("port {port} of the host belongs to the pod {holder}; remove that pod first")]
+    HostPortTaken {
+        /// The port with its protocol.
+        port: String,
+        /// The other pod's namespace and name.
+        holder: String,
+    },
     /// The thread that owns the host's side is gone.
     #[error("the network's owner thread has ended; restart the server")]
     Ended,
@@ -113,6 +121,13 @@ impl NetworkError {
         Self::State {
             path: path.to_owned(),
             source,
+        }
+    }
+
+    pub(super) fn pool(pool: &dyn std::fmt::Display, reason: String) -> Self {
+        Self::Pool {
+            pool: pool.to_string(),
+            reason,
         }
     }
 }

@@ -1,18 +1,20 @@
 //! Links and addresses of one network namespace, by rtnetlink(7).
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::pin::pin;
 
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
-use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
 use tokio_stream::StreamExt;
 
 use super::error::NetworkError;
-use super::prefix::Ipv4Prefix;
+use super::prefix::{Ipv4Prefix, Ipv6Prefix};
 
 /// A connection to the kernel for the namespace of the thread that opened it. Its task ends
 /// with this value.
@@ -153,6 +155,14 @@ impl Links {
         .await
     }
 
+    /// Lets a port of a bridge have back what came in by it, where the host has translated it: a
+    /// pod that asks for itself by the host's address.
+    pub async fn set_hairpin(&self, port: &Link) -> Result<(), NetworkError> {
+        let message = LinkBridgePort::new(port.index).hairpin(true).build();
+        let set = self.handle.link().set_port(message).execute().await;
+        set.map_err(|error| netlink(format!("set the hairpin mode of link {}", port.name), error))
+    }
+
     async fn set(
         &self,
         message: LinkMessage,
@@ -176,27 +186,29 @@ impl Links {
         }
     }
 
-    /// Gives the link an address; nothing when it has it.
+    /// Gives the link an address, which counts at once; nothing when it has it.
     pub async fn add_address(
         &self,
         link: &Link,
-        address: Ipv4Addr,
+        address: IpAddr,
         length: u8,
     ) -> Result<(), NetworkError> {
-        self.handle
-            .address()
-            .add(link.index, IpAddr::V4(address), length)
+        let mut request = self.handle.address().add(link.index, address, length);
+        if address.is_ipv6() {
+            request.message_mut().header.flags = AddressHeaderFlags::Nodad;
+        }
+        request
             .replace()
             .execute()
             .await
             .map_err(|error| netlink(format!("give {address} to link {}", link.name), error))
     }
 
-    /// The first IPv4 address of the link, with its network.
-    pub async fn address(
+    /// The networks of the link's first address of each family, link-local ones aside.
+    pub async fn networks(
         &self,
         link: &Link,
-    ) -> Result<Option<(Ipv4Addr, Ipv4Prefix)>, NetworkError> {
+    ) -> Result<(Option<Ipv4Prefix>, Option<Ipv6Prefix>), NetworkError> {
         let mut dump = pin!(
             self.handle
                 .address()
@@ -204,40 +216,60 @@ impl Links {
                 .set_link_index_filter(link.index)
                 .execute()
         );
-        let mut first = None;
+        let (mut four, mut six) = (None, None);
         // Read to the end: an answer left half read would be mixed into the next one.
         while let Some(message) = dump.next().await {
             let message = message
                 .map_err(|error| netlink(format!("list addresses of {}", link.name), error))?;
-            let address = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
-                    _ => None,
-                });
-            if let Some(address) = address
-                && let Some(prefix) = Ipv4Prefix::around(address, message.header.prefix_len)
-            {
-                first.get_or_insert((address, prefix));
+            let length = message.header.prefix_len;
+            for attribute in &message.attributes {
+                match attribute {
+                    AddressAttribute::Local(IpAddr::V4(address)) => {
+                        four = four.or(Ipv4Prefix::around(*address, length));
+                    }
+                    AddressAttribute::Address(IpAddr::V6(address))
+                        if !address.is_unicast_link_local() =>
+                    {
+                        six = six.or(Ipv6Prefix::around(*address, length));
+                    }
+                    _ => {}
+                }
             }
         }
-        Ok(first)
+        Ok((four, six))
     }
 
     /// Every IPv4 destination this host has a route to, the default route aside, in all tables.
     pub async fn destinations(&self) -> Result<Vec<Ipv4Prefix>, NetworkError> {
-        Ok(self
-            .routes()
-            .await?
-            .iter()
-            .filter_map(destination)
-            .collect())
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes = self.routes(request).await?;
+        // Multicast and broadcast routes of the local table lie inside networks already listed.
+        let known = routes.iter().filter_map(|route| match destination(route)? {
+            IpAddr::V4(address) => {
+                Ipv4Prefix::around(address, route.header.destination_prefix_length)
+            }
+            IpAddr::V6(_) => None,
+        });
+        Ok(known.collect())
+    }
+
+    /// As [`Self::destinations`], of IPv6.
+    pub async fn destinations6(&self) -> Result<Vec<Ipv6Prefix>, NetworkError> {
+        let request = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        let routes = self.routes(request).await?;
+        let known = routes.iter().filter_map(|route| match destination(route)? {
+            IpAddr::V6(address) => {
+                Ipv6Prefix::around(address, route.header.destination_prefix_length)
+            }
+            IpAddr::V4(_) => None,
+        });
+        Ok(known.collect())
     }
 
     /// The index of the link the IPv4 default route leaves by, if there is one.
     pub async fn default_link(&self) -> Result<Option<u32>, NetworkError> {
-        Ok(self.routes().await?.iter().find_map(|route| {
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        Ok(self.routes(request).await?.iter().find_map(|route| {
             let default = route.header.destination_prefix_length == 0
                 && route.header.kind == RouteType::Unicast;
             route
@@ -250,8 +282,7 @@ impl Links {
         }))
     }
 
-    async fn routes(&self) -> Result<Vec<RouteMessage>, NetworkError> {
-        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+    async fn routes(&self, request: RouteMessage) -> Result<Vec<RouteMessage>, NetworkError> {
         let mut dump = pin!(self.handle.route().get(request).execute());
         let mut routes = Vec::new();
         while let Some(message) = dump.next().await {
@@ -305,15 +336,11 @@ fn link(message: &LinkMessage) -> Link {
     link
 }
 
-fn destination(route: &RouteMessage) -> Option<Ipv4Prefix> {
-    // Multicast and broadcast routes of the local table lie inside networks already listed.
-    route
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-                Ipv4Prefix::around(*address, route.header.destination_prefix_length)
-            }
-            _ => None,
-        })
+fn destination(route: &RouteMessage) -> Option<IpAddr> {
+    let mut attributes = route.attributes.iter();
+    attributes.find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some((*address).into()),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some((*address).into()),
+        _ => None,
+    })
 }

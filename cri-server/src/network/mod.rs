@@ -9,19 +9,22 @@ mod card;
 mod cni;
 mod dns;
 mod error;
+mod forwarding;
 mod link;
 mod mirror;
 mod nat;
 mod netns;
 mod owner;
 mod pool;
+mod ports;
 mod prefix;
+mod subnets;
 mod sys;
 mod tap;
 #[cfg(test)]
 mod tests;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -31,12 +34,13 @@ use serde::{Deserialize, Serialize};
 pub use cni::CniError;
 pub use dns::Dns;
 pub use error::NetworkError;
-pub use prefix::Ipv4Prefix;
+pub use prefix::{Ipv4Prefix, Ipv6Prefix};
 
 use cni::{Cni, Promise};
 use link::{Link, Links};
 use netns::Namespace;
-use owner::{Attachment, Owner};
+use owner::{Attachment, Owner, Wanted};
+use ports::HostPort;
 
 /// The pod's link in its namespace, and the guest's name for its card.
 const POD_LINK: &str = "eth0";
@@ -50,10 +54,17 @@ pub struct Config {
     /// Where the configuration of CNI networks is. When the directory exists, pods have such a
     /// network, and none before it is configured; else they have the embedded bridge.
     pub cni: PathBuf,
+    /// A network that is written into `cni` when the kubelet has told which addresses are this
+    /// node's, unless there is one (CRI `UpdateRuntimeConfig`); what stands in it for them, see
+    /// `cni/template.rs`.
+    pub cni_template: Option<PathBuf>,
     /// Where CNI plugins are, the first one counts.
     pub cni_plugins: Vec<PathBuf>,
-    /// The pods' addresses. Default: a /20 that overlaps no route of the host.
+    /// The pods' IPv4 addresses. Default: those the kubelet gives this node, else a /20 that
+    /// overlaps no route of the host.
     pub pool: Option<Ipv4Prefix>,
+    /// Their IPv6 addresses. Default: likewise, else a unique local /64 drawn once (RFC 4193).
+    pub pool6: Option<Ipv6Prefix>,
     /// Largest payload of a frame in bytes. Default: that of the host's way out, at most 1500.
     pub mtu: Option<u32>,
 }
@@ -62,8 +73,10 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             cni: "/etc/cni/net.d".into(),
+            cni_template: None,
             cni_plugins: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             pool: None,
+            pool6: None,
             mtu: None,
         }
     }
@@ -162,13 +175,22 @@ impl Network {
     /// Takes up the leases under `root` and the namespaces under `run`. Changes nothing on the
     /// host until the first pod comes, apart from removing a bridge of ours that nobody needs.
     pub async fn open(config: Config, root: &Path, run: &Path) -> Result<Self, NetworkError> {
-        let plan = bridge::Plan::new(root, config.pool, config.mtu)?;
         let cache = root.join("cni");
+        let configured = subnets::Pair {
+            v4: config.pool,
+            v6: config.pool6,
+        };
         let root = root.to_owned();
-        let pool = blocking(move || pool::Pool::open(&root)).await?;
+        let (plan, pool, ports) = blocking(move || {
+            let pool = pool::Pool::open(&root)?;
+            let choice = subnets::Choice::open(&root, configured)?;
+            let plan = bridge::Plan::new(&root, choice, config.mtu)?;
+            Ok((plan, pool, ports::HostPorts::open(&root)?))
+        })
+        .await?;
         Ok(Self {
-            owner: Owner::start(plan, pool).await?,
-            cni: Cni::new(config.cni, config.cni_plugins, cache),
+            owner: Owner::start(plan, pool, ports).await?,
+            cni: Cni::new(config, cache),
             namespaces: run.join("netns"),
         })
     }
@@ -206,10 +228,7 @@ impl Network {
             let (interfaces, taps) = cards.into_iter().unzip();
             (interfaces, taps, dns)
         } else {
-            if let Some(port) = pod.port_mappings.iter().find(|port| port.host_port > 0) {
-                return Err(NetworkError::HostPort(port.host_port));
-            }
-            let (interface, tap) = self.join_bridge(sandbox, &namespace).await?;
+            let (interface, tap) = self.join_bridge(sandbox, &namespace, pod).await?;
             (vec![interface], vec![tap], host)
         };
         let network = PodNetwork {
@@ -224,12 +243,21 @@ impl Network {
         &self,
         sandbox: &str,
         namespace: &Namespace,
+        pod: &cri::PodSandboxConfig,
     ) -> Result<(Interface, OwnedFd), NetworkError> {
         let copy = namespace
             .as_fd()
             .try_clone_to_owned()
             .map_err(|source| NetworkError::state(namespace.path(), source))?;
-        let attachment = self.owner.attach(sandbox, POD_LINK, copy).await?;
+        let metadata = pod.metadata.clone().unwrap_or_default();
+        let wanted = Wanted {
+            sandbox: sandbox.to_owned(),
+            pod: format!("{}/{}", metadata.namespace, metadata.name),
+            link: POD_LINK,
+            namespace: copy,
+            ports: HostPort::of_pod(pod)?,
+        };
+        let attachment = self.owner.attach(wanted).await?;
         let mtu = attachment.mtu;
         let add = move || async move {
             let links = Links::open()?;
@@ -260,6 +288,38 @@ impl Network {
     /// Takes back what sandboxes that are not among `known` left on the host.
     pub async fn collect(&self, known: &[String]) {
         self.cni.collect(known).await;
+    }
+
+    /// Looks whether sandboxes still have their networks; says in the log which have not.
+    pub async fn check(&self, sandboxes: &[String]) {
+        self.cni.check_all(sandboxes).await;
+    }
+
+    /// Takes the addresses that the kubelet gives to this node's pods (CRI `UpdateRuntimeConfig`):
+    /// one network, or one of each family with a comma between; nothing changes nothing. They
+    /// become a CNI network by its template, or those of the bridge when its last pod has gone.
+    pub async fn tell(&self, pod_cidr: &str) -> Result<(), NetworkError> {
+        if pod_cidr.is_empty() {
+            return Ok(());
+        }
+        let networks = subnets::Pair::read(pod_cidr).map_err(NetworkError::PodCidr)?;
+        if self.cni.is_wanted() {
+            return self.cni.tell(networks).await;
+        }
+        match self.owner.tell(networks).await? {
+            None => tracing::info!(pod_cidr, "pods have addresses of the node's networks"),
+            Some(kept) => tracing::warn!(
+                pod_cidr, in_use = %kept.v4,
+                "pods keep the networks that are in use until the last of them has gone"
+            ),
+        }
+        Ok(())
+    }
+
+    /// What `verbose` tells of a sandbox's CNI network: its name, its file, what its plugins
+    /// answered, and why it is broken, if they have found that.
+    pub async fn details(&self, sandbox: &str) -> serde_json::Value {
+        self.cni.details(sandbox).await
     }
 
     /// What brings the pods' links, in words.
@@ -355,26 +415,39 @@ fn tap_name(number: usize) -> String {
 }
 
 fn interface(attachment: &Attachment) -> Interface {
-    let pool = attachment.pool;
+    let subnets = attachment.subnets;
+    let default = |zero: IpAddr, gateway: IpAddr| Route {
+        destination: zero,
+        prefix: 0,
+        gateway: Some(gateway),
+        metric: 0,
+        mtu: 0,
+        advertised_mss: 0,
+        scope: 0,
+        on_link: false,
+        source: None,
+    };
+    let mut addresses = vec![Address {
+        address: attachment.address.into(),
+        prefix: subnets.v4.length(),
+    }];
+    let mut routes = vec![default(
+        Ipv4Addr::UNSPECIFIED.into(),
+        subnets.v4.gateway().into(),
+    )];
+    if let (Some(six), Some(address)) = (subnets.v6, subnets.beside(attachment.address)) {
+        addresses.push(Address {
+            address: address.into(),
+            prefix: six.length(),
+        });
+        routes.push(default(Ipv6Addr::UNSPECIFIED.into(), six.gateway().into()));
+    }
     Interface {
         name: POD_LINK.to_owned(),
         mac: attachment.mac,
         mtu: attachment.mtu,
-        addresses: vec![Address {
-            address: attachment.address.into(),
-            prefix: pool.length(),
-        }],
-        routes: vec![Route {
-            destination: Ipv4Addr::UNSPECIFIED.into(),
-            prefix: 0,
-            gateway: Some(pool.gateway().into()),
-            metric: 0,
-            mtu: 0,
-            advertised_mss: 0,
-            scope: 0,
-            on_link: false,
-            source: None,
-        }],
+        addresses,
+        routes,
         exact_routes: false,
         neighbours: Vec::new(),
         tap: tap_name(0),

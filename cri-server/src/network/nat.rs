@@ -1,7 +1,10 @@
-//! Address translation for pods that speak to the world, in an nftables table of our own.
+//! Address translation for pods that speak to the world, and for ports of the host that lead to
+//! pods, in an nftables table of our own.
 //!
-//! One table per bridge, named like it. No other table is read or changed, iptables' neither.
+//! One table per bridge, named like it. No other table is read or changed, iptables' neither. It is
+//! set as a whole, in one transaction: no rule depends on what was there.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,7 +13,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::error::NetworkError;
-use super::prefix::Ipv4Prefix;
+use super::ports::HostPort;
+use super::subnets::Subnets;
 
 const PLACES: [&str; 4] = [
     "/usr/sbin/nft",
@@ -25,33 +29,107 @@ pub fn program() -> Option<PathBuf> {
     PLACES.iter().map(PathBuf::from).find(|path| path.exists())
 }
 
+/// A port of the host with the pod it leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way {
+    pub port: HostPort,
+    pub v4: Ipv4Addr,
+    pub v6: Option<Ipv6Addr>,
+}
+
 /// Sets the table of `bridge`, replacing one that is there, in one transaction.
-pub async fn set(bridge: &str, pool: Ipv4Prefix) -> Result<(), NetworkError> {
+pub async fn set(bridge: &str, subnets: Subnets, ways: &[Way]) -> Result<(), NetworkError> {
+    run(bridge, &table(bridge, subnets, ways)).await
+}
+
+fn table(bridge: &str, subnets: Subnets, ways: &[Way]) -> String {
+    let v4 = subnets.v4;
+    let any4 = elements(ways, false, false);
+    let one4 = elements(ways, false, true);
+    let any6 = elements(ways, true, false);
+    let one6 = elements(ways, true, true);
+    let (mut only_own, mut masquerade) = (String::new(), String::new());
+    if let Some(v6) = subnets.v6 {
+        // Neighbours are asked for, and multicast joined, with link-local addresses.
+        only_own =
+            format!("    iifname \"{bridge}\" ip6 saddr != {{ {v6}, fe80::/10, :: }} drop\n");
+        masquerade = format!(
+            "    ip6 saddr {v6} oifname \"{bridge}\" ct status dnat masquerade
+    ip6 saddr {v6} ip6 daddr != {v6} oifname != \"{bridge}\" masquerade\n"
+        );
+    }
     // raw: before connection tracking, so a forged source address leaves no trace. The guest is
-    // not to be trusted with its address; the bridge would carry any.
-    let rules = format!(
-        "add table ip {bridge}
-delete table ip {bridge}
-table ip {bridge} {{
-  chain prerouting {{
+    // not to be trusted with its address; the bridge would carry any. Nor with its destination:
+    // `route_localnet` of the bridge, which ports on 127.0.0.1 need, opens the host's loopback.
+    // The first masquerade is for pods that reach pods by an address of the host, or of a service:
+    // the answer must come back through here, where it would go straight over the bridge.
+    format!(
+        "add table inet {bridge}
+delete table inet {bridge}
+table inet {bridge} {{
+  map any4 {{ type inet_proto . inet_service : ipv4_addr . inet_service; {any4} }}
+  map one4 {{ type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; {one4} }}
+  map any6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; {any6} }}
+  map one6 {{ type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; {one6} }}
+  chain raw {{
     type filter hook prerouting priority raw; policy accept;
-    iifname \"{bridge}\" ip saddr != {pool} drop
+    iifname \"{bridge}\" ip saddr != {v4} drop
+    iifname \"{bridge}\" ip daddr 127.0.0.0/8 drop
+{only_own}  }}
+  chain ports {{
+    dnat ip to ip daddr . meta l4proto . th dport map @one4
+    dnat ip to meta l4proto . th dport map @any4
+    dnat ip6 to ip6 daddr . meta l4proto . th dport map @one6
+    dnat ip6 to meta l4proto . th dport map @any6
+  }}
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    fib daddr type local jump ports
+  }}
+  chain output {{
+    type nat hook output priority -100; policy accept;
+    ip6 daddr ::1 accept
+    fib daddr type local jump ports
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
-    ip saddr {pool} ip daddr != {pool} oifname != \"{bridge}\" masquerade
-  }}
+    ip saddr {{ {v4}, 127.0.0.0/8 }} oifname \"{bridge}\" ct status dnat masquerade
+    ip saddr {v4} ip daddr != {v4} oifname != \"{bridge}\" masquerade
+{masquerade}  }}
 }}
 "
-    );
-    run(bridge, &rules).await
+    )
+}
+
+/// The ways of a family that are bound to one address of the host, or to every one.
+fn elements(ways: &[Way], ipv6: bool, bound: bool) -> String {
+    let element = |way: &Way| {
+        let HostPort {
+            protocol,
+            host,
+            port,
+            target,
+        } = way.port;
+        let pod: IpAddr = if ipv6 { way.v6?.into() } else { way.v4.into() };
+        let to = format!("{protocol} . {port} : {pod} . {target}");
+        match host {
+            Some(host) if host.is_ipv6() != ipv6 => None,
+            Some(host) if !host.is_unspecified() => bound.then(|| format!("{host} . {to}")),
+            _ => (!bound).then_some(to),
+        }
+    };
+    let all: Vec<String> = ways.iter().filter_map(element).collect();
+    match all.as_slice() {
+        [] => String::new(),
+        all => format!("elements = {{ {} }}", all.join(", ")),
+    }
 }
 
 /// Removes the table of `bridge`; nothing when there is none.
 pub async fn remove(bridge: &str) -> Result<(), NetworkError> {
     run(
         bridge,
-        &format!("add table ip {bridge}\ndelete table ip {bridge}\n"),
+        &format!("add table inet {bridge}\ndelete table inet {bridge}\n"),
     )
     .await
 }

@@ -7,11 +7,14 @@ use std::os::fd::OwnedFd;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::bridge::{self, Plan};
+use super::bridge::{self, Bridge, Plan};
 use super::error::NetworkError;
+use super::forwarding;
 use super::link::{Links, Pair};
+use super::nat::{self, Way};
 use super::pool::Pool;
-use super::prefix::Ipv4Prefix;
+use super::ports::{HostPort, HostPorts};
+use super::subnets::{self, Subnets};
 
 /// Requests that may wait for the owner before senders wait.
 const QUEUE: usize = 64;
@@ -20,22 +23,37 @@ type Reply<T> = oneshot::Sender<Result<T, NetworkError>>;
 
 enum Request {
     Attach {
-        sandbox: String,
-        pod_link: &'static str,
-        namespace: OwnedFd,
+        wanted: Wanted,
         reply: Reply<Attachment>,
     },
     Detach {
         sandbox: String,
         reply: Reply<()>,
     },
+    Tell {
+        networks: subnets::Pair,
+        reply: Reply<Option<Subnets>>,
+    },
+}
+
+/// What a sandbox is to have.
+#[derive(Debug)]
+pub struct Wanted {
+    pub sandbox: String,
+    /// The pod's namespace and name, for people.
+    pub pod: String,
+    /// Name of its link.
+    pub link: &'static str,
+    /// Where the link goes.
+    pub namespace: OwnedFd,
+    pub ports: Vec<HostPort>,
 }
 
 /// A pod's place on the bridge.
 #[derive(Debug, Clone)]
 pub struct Attachment {
     pub address: Ipv4Addr,
-    pub pool: Ipv4Prefix,
+    pub subnets: Subnets,
     pub mac: [u8; 6],
     pub mtu: u32,
 }
@@ -48,12 +66,12 @@ pub struct Owner {
 
 impl Owner {
     /// Starts the thread. A bridge that no lease needs any more is removed.
-    pub async fn start(plan: Plan, pool: Pool) -> Result<Self, NetworkError> {
+    pub async fn start(plan: Plan, pool: Pool, ports: HostPorts) -> Result<Self, NetworkError> {
         let (requests, receiver) = mpsc::channel(QUEUE);
         let (reply, started) = oneshot::channel();
         std::thread::Builder::new()
             .name("network".to_owned())
-            .spawn(move || run(plan, pool, receiver, reply))
+            .spawn(move || run(plan, pool, ports, receiver, reply))
             .map_err(|source| NetworkError::Netlink {
                 step: "start the network's thread".to_owned(),
                 source,
@@ -62,22 +80,17 @@ impl Owner {
         Ok(Self { requests })
     }
 
-    /// Gives the sandbox an address and puts a link into its namespace. What an interrupted
-    /// attempt left is replaced.
-    pub async fn attach(
-        &self,
-        sandbox: &str,
-        pod_link: &'static str,
-        namespace: OwnedFd,
-    ) -> Result<Attachment, NetworkError> {
-        let sandbox = sandbox.to_owned();
-        self.ask(|reply| Request::Attach {
-            sandbox,
-            pod_link,
-            namespace,
-            reply,
-        })
-        .await
+    /// Gives the sandbox addresses, ports of the host and a link in its namespace. What an
+    /// interrupted attempt left is replaced; after a failure [`Self::detach`] takes back what was
+    /// done.
+    pub async fn attach(&self, wanted: Wanted) -> Result<Attachment, NetworkError> {
+        self.ask(|reply| Request::Attach { wanted, reply }).await
+    }
+
+    /// Remembers the networks that the kubelet gives this node, for the next bridge. Answers
+    /// those of the bridge there is, if it has others.
+    pub async fn tell(&self, networks: subnets::Pair) -> Result<Option<Subnets>, NetworkError> {
+        self.ask(|reply| Request::Tell { networks, reply }).await
     }
 
     /// Takes both back, and the bridge when this was the last; nothing when there is nothing.
@@ -96,7 +109,13 @@ impl Owner {
     }
 }
 
-fn run(plan: Plan, pool: Pool, mut requests: mpsc::Receiver<Request>, started: Reply<()>) {
+fn run(
+    plan: Plan,
+    pool: Pool,
+    ports: HostPorts,
+    mut requests: mpsc::Receiver<Request>,
+    started: Reply<()>,
+) {
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -109,7 +128,7 @@ fn run(plan: Plan, pool: Pool, mut requests: mpsc::Receiver<Request>, started: R
         }
     };
     runtime.block_on(async move {
-        let mut host = match Host::open(plan, pool).await {
+        let mut host = match Host::open(plan, pool, ports).await {
             Ok(host) => host,
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -120,16 +139,14 @@ fn run(plan: Plan, pool: Pool, mut requests: mpsc::Receiver<Request>, started: R
         // An answer nobody waits for is no loss: what was done is found again by its name.
         while let Some(request) = requests.recv().await {
             match request {
-                Request::Attach {
-                    sandbox,
-                    pod_link,
-                    namespace,
-                    reply,
-                } => {
-                    let _ = reply.send(host.attach(&sandbox, pod_link, namespace).await);
+                Request::Attach { wanted, reply } => {
+                    let _ = reply.send(host.attach(wanted).await);
                 }
                 Request::Detach { sandbox, reply } => {
                     let _ = reply.send(host.detach(&sandbox).await);
+                }
+                Request::Tell { networks, reply } => {
+                    let _ = reply.send(host.tell(networks).await);
                 }
             }
         }
@@ -139,13 +156,15 @@ fn run(plan: Plan, pool: Pool, mut requests: mpsc::Receiver<Request>, started: R
 struct Host {
     plan: Plan,
     pool: Pool,
+    ports: HostPorts,
     links: Links,
-    /// The bridge this server has made or completed, with the index it then had.
-    bridge: Option<bridge::Bridge>,
+    /// The bridge this server has made or completed, with its translation and the index it then
+    /// had.
+    bridge: Option<Bridge>,
 }
 
 impl Host {
-    async fn open(plan: Plan, pool: Pool) -> Result<Self, NetworkError> {
+    async fn open(plan: Plan, pool: Pool, ports: HostPorts) -> Result<Self, NetworkError> {
         let links = Links::open()?;
         if pool.is_empty() {
             plan.remove(&links).await?;
@@ -153,26 +172,42 @@ impl Host {
         Ok(Self {
             plan,
             pool,
+            ports,
             links,
             bridge: None,
         })
     }
 
-    async fn attach(
-        &mut self,
-        sandbox: &str,
-        pod_link: &'static str,
-        namespace: OwnedFd,
-    ) -> Result<Attachment, NetworkError> {
-        let bridge = self.bridge().await?;
-        let address = self.pool.claim(bridge.pool, sandbox)?;
+    async fn attach(&mut self, wanted: Wanted) -> Result<Attachment, NetworkError> {
+        let known = self.known().await?;
+        let fresh = known.is_none();
+        let bridge = match known {
+            Some(bridge) => bridge,
+            None => self.plan.ensure(&self.links).await?,
+        };
+        let sandbox = &wanted.sandbox;
+        let subnets = bridge.subnets;
+        if subnets.v6.is_none()
+            && let Some(port) = wanted.ports.iter().find(|port| port.is_ipv6())
+        {
+            let why = format!("{port} is of IPv6, which this host has switched off");
+            return Err(NetworkError::HostPort(why));
+        }
+        let address = self.pool.claim(subnets.v4, sandbox)?;
+        let had = self.ports.has(sandbox);
+        self.ports.claim(sandbox, &wanted.pod, &wanted.ports)?;
+        let has = !wanted.ports.is_empty();
+        if fresh || had || has {
+            nat::set(&bridge.link.name, subnets, &self.ways(subnets, None)).await?;
+        }
+        self.bridge = Some(bridge.clone());
         let host = host_link(sandbox);
         if let Some(left) = self.links.find(&host).await? {
             self.links.remove(&left).await?;
         }
         let attachment = Attachment {
             address,
-            pool: bridge.pool,
+            subnets,
             mac: bridge::mac(address),
             mtu: bridge.link.mtu,
         };
@@ -180,18 +215,35 @@ impl Host {
             .add_pair(Pair {
                 host: &host,
                 bridge: bridge.link.index,
-                pod: pod_link,
-                namespace,
+                pod: wanted.link,
+                namespace: wanted.namespace,
                 mac: attachment.mac,
                 mtu: attachment.mtu,
             })
             .await?;
+        if has {
+            // The rules that guard the loopback are there.
+            forwarding::route_loopback(&bridge.link.name)?;
+            if let Some(port) = self.links.find(&host).await? {
+                self.links.set_hairpin(&port).await?;
+            }
+        }
         Ok(attachment)
     }
 
     async fn detach(&mut self, sandbox: &str) -> Result<(), NetworkError> {
         if let Some(link) = self.links.find(&host_link(sandbox)).await? {
             self.links.remove(&link).await?;
+        }
+        if self.ports.has(sandbox) {
+            // With the last pod all rules go.
+            if !self.pool.is_only(sandbox)
+                && let Some(bridge) = self.plan.existing(&self.links).await?
+            {
+                let ways = self.ways(bridge.subnets, Some(sandbox));
+                nat::set(&bridge.link.name, bridge.subnets, &ways).await?;
+            }
+            self.ports.release(sandbox)?;
         }
         self.pool.release(sandbox)?;
         if self.pool.is_empty() {
@@ -201,17 +253,39 @@ impl Host {
         Ok(())
     }
 
-    /// The bridge as it was, or a new one where somebody removed it.
-    async fn bridge(&mut self) -> Result<bridge::Bridge, NetworkError> {
-        if let Some(bridge) = &self.bridge {
-            let there = self.links.find(&bridge.link.name).await?;
-            if there.is_some_and(|link| link.index == bridge.link.index) {
-                return Ok(bridge.clone());
-            }
-        }
-        let bridge = self.plan.ensure(&self.links).await?;
-        self.bridge = Some(bridge.clone());
-        Ok(bridge)
+    async fn tell(&mut self, networks: subnets::Pair) -> Result<Option<Subnets>, NetworkError> {
+        self.plan.choice.tell(networks)?;
+        let wanted = self.plan.choice.wanted();
+        let bridge = self.plan.existing(&self.links).await?;
+        Ok(bridge.map(|bridge| bridge.subnets).filter(|there| {
+            wanted.v4.is_some_and(|v4| v4 != there.v4)
+                || wanted.v6.is_some_and(|v6| Some(v6) != there.v6)
+        }))
+    }
+
+    /// The bridge this server has set up, unless somebody removed it.
+    async fn known(&self) -> Result<Option<Bridge>, NetworkError> {
+        let Some(bridge) = &self.bridge else {
+            return Ok(None);
+        };
+        let there = self.links.find(&bridge.link.name).await?;
+        let same = there.is_some_and(|link| link.index == bridge.link.index);
+        Ok(same.then(|| bridge.clone()))
+    }
+
+    /// Where ports of the host lead to, those of one sandbox aside.
+    fn ways(&self, subnets: Subnets, aside: Option<&str>) -> Vec<Way> {
+        let ports = self.ports.all();
+        let ports = ports.filter(|(sandbox, _)| aside != Some(*sandbox));
+        let ways = ports.filter_map(|(sandbox, port)| {
+            let v4 = self.pool.of(sandbox)?;
+            Some(Way {
+                port,
+                v4,
+                v6: subnets.beside(v4),
+            })
+        });
+        ways.collect()
     }
 }
 

@@ -89,6 +89,18 @@ impl Pool {
         })
     }
 
+    /// The sandbox's address, if it has one.
+    pub fn of(&self, sandbox: &str) -> Option<Ipv4Addr> {
+        let mut leases = self.leases.iter();
+        let held = leases.find(|(_, holder)| holder.as_str() == sandbox);
+        held.map(|(address, _)| *address)
+    }
+
+    /// Whether nobody but the sandbox holds an address.
+    pub fn is_only(&self, sandbox: &str) -> bool {
+        self.leases.values().all(|holder| holder == sandbox)
+    }
+
     /// Gives back what the sandbox holds; nothing when it holds nothing.
     pub fn release(&mut self, sandbox: &str) -> Result<(), NetworkError> {
         let held: Vec<Ipv4Addr> = self

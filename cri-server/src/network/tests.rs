@@ -13,6 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::link::Pair;
 use super::*;
 
+mod host_ports;
+mod six;
+
 const BROADCAST: [u8; 6] = [0xff; 6];
 const HEADER: usize = 12;
 
@@ -53,16 +56,20 @@ impl Server {
     }
 
     async fn pod(&self, sandbox: &str) -> Pod {
-        let (network, mut taps) = self
-            .network
-            .set_up(sandbox, &Default::default())
-            .await
-            .unwrap();
+        self.pod_with(sandbox, &Default::default()).await.unwrap()
+    }
+
+    async fn pod_with(
+        &self,
+        sandbox: &str,
+        config: &cri::PodSandboxConfig,
+    ) -> Result<Pod, NetworkError> {
+        let (network, mut taps) = self.network.set_up(sandbox, config).await?;
         assert_eq!(taps.len(), 1);
-        Pod {
+        Ok(Pod {
             interface: network.interfaces[0].clone(),
             tap: File::from(taps.remove(0)),
-        }
+        })
     }
 }
 
@@ -237,13 +244,13 @@ fn the_world_sees_the_hosts_address_and_no_forged_one() {
             .status();
         assert!(free.unwrap().success());
         let uplink = links.find("uplink").await.unwrap().unwrap();
-        links.add_address(&uplink, here, 24).await.unwrap();
+        links.add_address(&uplink, here.into(), 24).await.unwrap();
         let socket = world
             .run(move || async move {
                 let links = Links::open()?;
                 let link = links.find("eth0").await?.unwrap();
                 links.up(&link).await?;
-                links.add_address(&link, there, 24).await?;
+                links.add_address(&link, there.into(), 24).await?;
                 Ok(UdpSocket::bind((there, 5000)).unwrap())
             })
             .await
@@ -364,7 +371,7 @@ fn two_servers_have_two_bridges_with_pools_apart() {
         let (names, _, rules) = traces().await;
         for bridge in ["bulkhead0", "bulkhead1"] {
             assert!(names.iter().any(|name| name == bridge), "{names:?}");
-            assert!(rules.contains(&format!("table ip {bridge} ")), "{rules}");
+            assert!(rules.contains(&format!("table inet {bridge} ")), "{rules}");
         }
         drop((a, b));
         one.network.tear_down("a").await.unwrap();

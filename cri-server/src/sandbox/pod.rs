@@ -58,6 +58,11 @@ impl View {
         self.record.state != PodState::Starting
     }
 
+    /// Whether it runs.
+    pub fn is_ready(&self) -> bool {
+        matches!(self.record.state, PodState::Ready { .. })
+    }
+
     fn container(&self, id: &str) -> Result<&Container, SandboxError> {
         let container = self.record.containers.get(id);
         container.ok_or_else(|| SandboxError::no_container(id))

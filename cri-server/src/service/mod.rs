@@ -34,7 +34,8 @@ use crate::sandbox::{Host, SandboxError, Sandboxes};
 const LARGEST_MESSAGE: usize = 16 << 20;
 /// The largest answer of a container call: two full outputs of an ExecSync and some room.
 const LARGEST_ANSWER: usize = 2 * OUTPUT_BYTES + (64 << 10);
-/// How long plugins may collect what pods of earlier left before requests are served.
+/// How long plugins may collect what pods of earlier left, and look at the pods there are, before
+/// requests are served.
 const COLLECTION: Duration = Duration::from_secs(30);
 /// How long calls under way may take to end when the server does.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -124,12 +125,16 @@ pub async fn serve_until(
     let pods = sandboxes.list();
     let known: Vec<String> = pods.iter().map(|pod| pod.record().id.clone()).collect();
     let network = &sandboxes.host().network;
-    // Before the first request: what a new pod has must not be taken for what an old one left.
-    if tokio::time::timeout(COLLECTION, network.collect(&known))
-        .await
-        .is_err()
-    {
-        tracing::warn!("CNI plugins take long to collect what pods of earlier have left");
+    let ready = pods.iter().filter(|pod| pod.is_ready());
+    let ready: Vec<String> = ready.map(|pod| pod.record().id.clone()).collect();
+    // Before the first request: what a new pod has must not be taken for what an old one left, and
+    // plugins must not be asked about a pod that is being taken down.
+    let plugins = async {
+        network.collect(&known).await;
+        network.check(&ready).await;
+    };
+    if tokio::time::timeout(COLLECTION, plugins).await.is_err() {
+        tracing::warn!("CNI plugins take long to look after the pods of an earlier server");
     }
     let pods = known.len();
     tracing::info!(socket = %socket.display(), pods, "serving");

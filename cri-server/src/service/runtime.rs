@@ -127,6 +127,19 @@ impl RuntimeService for Runtime {
         }))
     }
 
+    async fn update_runtime_config(
+        &self,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Answer<cri::UpdateRuntimeConfigResponse> {
+        let config = request.into_inner().runtime_config.unwrap_or_default();
+        let network = config.network_config.unwrap_or_default();
+        let told = self.sandboxes.host().network.tell(&network.pod_cidr).await;
+        answer(
+            told.map(|()| cri::UpdateRuntimeConfigResponse {})
+                .map_err(SandboxError::from),
+        )
+    }
+
     async fn run_pod_sandbox(
         &self,
         request: Request<cri::RunPodSandboxRequest>,
@@ -181,7 +194,9 @@ impl RuntimeService for Runtime {
             ..Default::default()
         };
         if request.verbose {
-            response.info = translate::pod_info(&view, pod.usage().await);
+            let network = &self.sandboxes.host().network;
+            let cni = network.details(&view.record().id).await;
+            response.info = translate::pod_info(&view, cni, pod.usage().await);
         }
         Ok(Response::new(response))
     }
@@ -328,8 +343,6 @@ impl RuntimeService for Runtime {
         exec: ExecRequest => ExecResponse, "Exec";
         attach: AttachRequest => AttachResponse, "Attach";
         port_forward: PortForwardRequest => PortForwardResponse, "PortForward";
-        update_runtime_config: UpdateRuntimeConfigRequest => UpdateRuntimeConfigResponse,
-            "UpdateRuntimeConfig";
         checkpoint_container: CheckpointContainerRequest => CheckpointContainerResponse,
             "CheckpointContainer";
     }

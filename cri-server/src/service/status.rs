@@ -79,8 +79,13 @@ fn code(error: &SandboxError) -> Code {
 
 fn network(error: &NetworkError) -> Code {
     match error {
-        NetworkError::HostPort(_) | NetworkError::Cni(CniError::Pod(_)) => Code::InvalidArgument,
-        NetworkError::Cni(CniError::NoNetwork(_)) => Code::FailedPrecondition,
+        NetworkError::PodCidr(_)
+        | NetworkError::HostPort(_)
+        | NetworkError::Cni(CniError::Pod(_)) => Code::InvalidArgument,
+        NetworkError::HostPortTaken { .. } | NetworkError::Cni(CniError::NoNetwork(_)) => {
+            Code::FailedPrecondition
+        }
+        NetworkError::Exhausted { .. } => Code::ResourceExhausted,
         _ => Code::Internal,
     }
 }

@@ -50,9 +50,18 @@ pub fn pod_status(view: &View) -> cri::PodSandboxStatus {
     }
 }
 
-/// What `verbose` adds to a pod's status: JSON in a map.
-pub fn pod_info(view: &View, agent: Option<UsageResponse>) -> HashMap<String, String> {
+/// What `verbose` adds to a pod's status: JSON in a map. `info` has the pod's network namespace as
+/// `netns`, and `cni`: the CNI network with the result of its plugins, null on the bridge.
+pub fn pod_info(
+    view: &View,
+    cni: serde_json::Value,
+    agent: Option<UsageResponse>,
+) -> HashMap<String, String> {
     let record = view.record();
+    let netns = match &record.state {
+        PodState::Ready { network, .. } => Some(&network.netns),
+        PodState::Starting | PodState::NotReady { .. } => None,
+    };
     let state = match &record.state {
         PodState::Starting => serde_json::json!("starting"),
         PodState::Ready { vmm, network, .. } => serde_json::json!({
@@ -63,6 +72,8 @@ pub fn pod_info(view: &View, agent: Option<UsageResponse>) -> HashMap<String, St
     };
     let info = serde_json::json!({
         "state": state,
+        "netns": netns,
+        "cni": cni,
         "hostname": record.hostname,
         "disks": record.disks,
     });

@@ -27,6 +27,9 @@ pub struct Attachment {
     pub result: Value,
     /// How often plugins failed to take it back.
     pub failures: u32,
+    /// Why the pod no longer has it, when that was last looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
 }
 
 /// The files of all attachments.

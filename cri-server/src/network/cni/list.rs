@@ -27,6 +27,9 @@ pub struct NetworkList {
     pub name: String,
     /// Whether GC must not be called.
     pub disable_gc: bool,
+    /// Whether CHECK must not be called.
+    #[serde(default)]
+    pub disable_check: bool,
     /// The plugins, one at least.
     pub plugins: Vec<Plugin>,
 }
@@ -78,8 +81,8 @@ impl NetworkList {
         })
     }
 
-    /// A list, or one plugin outside a list, which is a list of one.
-    fn parse(path: &Path, text: &[u8]) -> Result<Self, String> {
+    /// A list, or one plugin outside a list, which is a list of one. Says what is wrong with it.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Self, String> {
         let whole: Map<String, Value> =
             serde_json::from_slice(text).map_err(|error| error.to_string())?;
         let name = word(&whole, "name")?.ok_or("it has no \"name\"")?;
@@ -112,6 +115,7 @@ impl NetworkList {
             version: version(&whole)?,
             name,
             disable_gc: is_list && flag("disableGC").unwrap_or_default(),
+            disable_check: is_list && flag("disableCheck").unwrap_or_default(),
             plugins,
         })
     }
@@ -121,8 +125,8 @@ impl NetworkList {
         self.version == "1.1.0"
     }
 
-    /// Whether DEL gets the result of ADD, as from version 0.4.0 on.
-    pub fn del_has_result(&self) -> bool {
+    /// Whether CHECK may be called, and DEL gets the result of ADD: as from version 0.4.0 on.
+    pub fn has_check(&self) -> bool {
         !self.version.starts_with("0.3.")
     }
 }
@@ -219,7 +223,7 @@ mod tests {
         let list = parse(r#"{"cniVersion": "0.3.1", "name": "net", "type": "ptp"}"#).unwrap();
         assert_eq!(list.plugins.len(), 1);
         assert_eq!(list.plugins[0].program, "ptp");
-        assert!(!list.del_has_result());
+        assert!(!list.has_check());
     }
 
     #[test]

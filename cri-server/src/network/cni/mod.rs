@@ -8,6 +8,7 @@ mod cache;
 mod list;
 mod plugin;
 mod reply;
+mod template;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use bulkhead_cri_api::v1 as cri;
 use serde_json::{Map, Value, json};
 
 use super::error::NetworkError;
+use super::subnets::Pair;
 use super::{POD_LINK, blocking};
 use arguments::Arguments;
 use cache::{Attachment, Cache};
@@ -26,6 +28,8 @@ pub use reply::Promise;
 
 /// How long a plugin may take to say whether it is ready: clients wait for that often.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
+/// How many pods are looked at together.
+const CHECKS: usize = 8;
 /// How often plugins may fail to take an attachment back until the pod goes without them.
 const PATIENCE: u32 = 3;
 
@@ -106,24 +110,44 @@ fn show(places: &[PathBuf]) -> String {
 #[derive(Debug, Clone)]
 pub struct Cni {
     directory: PathBuf,
+    template: Option<PathBuf>,
     programs: Vec<PathBuf>,
     cache: Cache,
 }
 
 impl Cni {
-    /// Configurations are in `directory`, plugins in `programs`, and `cache` is ours.
-    pub fn new(directory: PathBuf, programs: Vec<PathBuf>, cache: PathBuf) -> Self {
+    /// Of a server that keeps attachments in `cache`.
+    pub fn new(config: super::Config, cache: PathBuf) -> Self {
         Self {
-            directory,
-            programs,
+            directory: config.cni,
+            template: config.cni_template,
+            programs: config.cni_plugins,
             cache: Cache::new(cache),
         }
     }
 
     /// Whether this machine's pods are to have CNI networks: it has a directory for them, empty or
-    /// not. Blocks.
+    /// not, or a template. Blocks.
     pub fn is_wanted(&self) -> bool {
-        self.directory.is_dir()
+        self.template.is_some() || self.directory.is_dir()
+    }
+
+    /// Writes the network that the template makes of what the kubelet has told, unless there is
+    /// one.
+    pub async fn tell(&self, networks: Pair) -> Result<(), NetworkError> {
+        let Some(template) = self.template.clone() else {
+            tracing::info!("no `cni_template` is configured: the network is others' to write");
+            return Ok(());
+        };
+        let directory = self.directory.clone();
+        let shown = directory.display().to_string();
+        let written =
+            blocking(move || Ok(template::write(&template, &directory, networks)?)).await?;
+        match written {
+            true => tracing::info!(directory = shown, "the network is written"),
+            false => tracing::info!(directory = shown, "the network that is there is kept"),
+        }
+        Ok(())
     }
 
     /// Whether pods can have a network now; why not.
@@ -165,6 +189,7 @@ impl Cni {
                 netns,
                 result: Value::Null,
                 failures: 0,
+                broken: None,
             };
             // Before the first plugin: what it does is found again after a crash.
             this.cache.save(&id, &attachment)?;
@@ -218,6 +243,69 @@ impl Cni {
         Ok(true)
     }
 
+    /// The network of a sandbox and what its plugins answered, for people; `Null` without one.
+    pub async fn details(&self, sandbox: &str) -> Value {
+        match self.load(sandbox).await {
+            Ok(Some(attachment)) => json!({
+                "network": attachment.list.name,
+                "file": attachment.list.file,
+                "result": attachment.result,
+                "broken": attachment.broken,
+            }),
+            _ => Value::Null,
+        }
+    }
+
+    /// Asks plugins whether the sandbox still has what they gave it, in the order of ADD, to the
+    /// first that says no (CNI specification, section 4, "Checking"). That is written down.
+    pub async fn check(&self, sandbox: &str) -> Result<(), NetworkError> {
+        let Some(mut attachment) = self.load(sandbox).await? else {
+            return Ok(());
+        };
+        // Only what was added to the end, and not taken back since, may be checked.
+        let list = &attachment.list;
+        if list.disable_check || !list.has_check() || attachment.result.is_null() {
+            return Ok(());
+        }
+        let mut broken = Ok(());
+        for plugin in &list.plugins {
+            let step = self.step(Operation::Check, sandbox, &attachment, plugin);
+            broken = step.await.map(drop);
+            if broken.is_err() {
+                break;
+            }
+        }
+        let why = broken.as_ref().err().map(ToString::to_string);
+        if attachment.broken != why {
+            attachment.broken = why;
+            self.save(sandbox, attachment).await?;
+        }
+        Ok(broken?)
+    }
+
+    /// Looks whether sandboxes still have their networks, several at a time. Failures are told to
+    /// the log: a pod is not ended for them, since connections it has may go on, and since plugins
+    /// are wrong at times (portmap 1.1.1 about every pod with ports of the host).
+    pub async fn check_all(&self, sandboxes: &[String]) {
+        let mut waiting = sandboxes.iter().cloned();
+        let mut running = tokio::task::JoinSet::new();
+        loop {
+            while running.len() < CHECKS
+                && let Some(sandbox) = waiting.next()
+            {
+                let this = self.clone();
+                running.spawn(async move {
+                    if let Err(error) = this.check(&sandbox).await {
+                        tracing::warn!(sandbox, %error, "a plugin finds that the pod's network is not what it was");
+                    }
+                });
+            }
+            if running.join_next().await.is_none() {
+                return;
+            }
+        }
+    }
+
     /// Takes back the attachments of sandboxes that are not among `known`, and lets plugins find
     /// what else is nobody's. Failures are told to the log: nobody waits.
     pub async fn collect(&self, known: &[String]) {
@@ -268,7 +356,7 @@ impl Cni {
             interface: POD_LINK,
             arguments: &attachment.arguments.line,
         };
-        let told = operation == Operation::Add || list.del_has_result();
+        let told = operation == Operation::Add || list.has_check();
         let before = Some(&attachment.result).filter(|result| told && !result.is_null());
         let config = configuration(list, plugin, Some(&attachment.arguments), before);
         self.call(operation, plugin, Some(about), config, plugin::TIME_LIMIT)

@@ -24,6 +24,8 @@ const WORDS_BYTES: usize = 2048;
 pub enum Operation {
     /// Give the pod the network.
     Add,
+    /// Whether the pod still has it.
+    Check,
     /// Take it back.
     Del,
     /// Whether it could be given.
@@ -37,6 +39,7 @@ impl Operation {
     pub fn name(self) -> &'static str {
         match self {
             Self::Add => "ADD",
+            Self::Check => "CHECK",
             Self::Del => "DEL",
             Self::Status => "STATUS",
             Self::Gc => "GC",

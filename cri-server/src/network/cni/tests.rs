@@ -19,7 +19,12 @@ impl Machine {
         let path = |name: &str| directory.path().join(name);
         fs::create_dir(path("net.d")).unwrap();
         fs::create_dir(path("bin")).unwrap();
-        let cni = Cni::new(path("net.d"), vec![path("bin")], path("cache"));
+        let config = crate::network::Config {
+            cni: path("net.d"),
+            cni_plugins: vec![path("bin")],
+            ..Default::default()
+        };
+        let cni = Cni::new(config, path("cache"));
         let machine = Self { directory, cni };
         machine.configure(version, "first");
         for name in ["one", "two"] {
@@ -186,4 +191,40 @@ async fn plugins_of_1_1_are_asked_for_their_status_and_to_collect() {
         calls[0].1["cni.dev/valid-attachments"],
         json!([{"containerID": "abc", "ifname": "eth0"}])
     );
+}
+
+#[tokio::test]
+async fn plugins_are_asked_whether_a_pod_still_has_its_network() {
+    let machine = Machine::new("0.4.0");
+    machine.attach().await.unwrap();
+    machine.calls();
+    machine.cni.check("abc").await.unwrap();
+    let calls = machine.calls();
+    assert_eq!([&calls[0].0, &calls[1].0], ["CHECK one", "CHECK two"]);
+    assert_eq!(calls[0].1["prevResult"]["ips"][0]["address"], "10.9.0.2/24");
+    assert_eq!(machine.cni.details("abc").await["broken"], Value::Null);
+
+    machine.program("one", r#"echo '{"code": 101, "msg": "no link"}'; exit 1"#);
+    machine.cni.check_all(&["abc".to_owned()]).await;
+    assert_eq!(machine.words(), ["CHECK one"]);
+    let details = machine.cni.details("abc").await;
+    let broken = details["broken"].as_str().unwrap();
+    assert!(broken.contains("CHECK: no link, code 101"), "{broken}");
+    assert_eq!(details["result"]["ips"][0]["address"], "10.9.0.2/24");
+}
+
+#[tokio::test]
+async fn check_is_left_out_where_the_configuration_or_its_version_has_none() {
+    for (version, disabled) in [("0.3.1", false), ("1.0.0", true)] {
+        let machine = Machine::new(version);
+        let path = machine.directory.path().join("net.d/10-net.conflist");
+        let text = fs::read_to_string(&path).unwrap();
+        let mut list: Value = serde_json::from_str(&text).unwrap();
+        list["disableCheck"] = disabled.into();
+        fs::write(&path, list.to_string()).unwrap();
+        machine.attach().await.unwrap();
+        machine.calls();
+        machine.cni.check("abc").await.unwrap();
+        assert!(machine.calls().is_empty(), "{version}");
+    }
 }
