@@ -265,10 +265,13 @@ impl Network {
             add_tap(&links, &pod, &tap_name(0), mtu).await
         };
         let tap = namespace.run(add).await?;
-        // The bridge opens its port, and the host's end sends, only after a worker of the kernel
-        // has seen the carrier come on. Looking at the link makes that happen now (from Linux 6.8
-        // on; before, the first frames of a very quick guest could be lost).
-        Links::open()?.find(&owner::host_link(sandbox)).await?;
+        // The bridge opens its port, the host's end sends, and the first pod's bridge answers by
+        // IPv6, only after a worker of the kernel has seen the carrier come on. Looking at the
+        // links makes that happen now (from Linux 6.8 on; before, the first frames of a very quick
+        // guest could be lost).
+        let links = Links::open()?;
+        links.find(&owner::host_link(sandbox)).await?;
+        links.find(&attachment.bridge).await?;
         Ok((interface(&attachment), tap))
     }
 

@@ -52,6 +52,8 @@ pub struct Wanted {
 /// A pod's place on the bridge.
 #[derive(Debug, Clone)]
 pub struct Attachment {
+    /// The name of the bridge.
+    pub bridge: String,
     pub address: Ipv4Addr,
     pub subnets: Subnets,
     pub mac: [u8; 6],
@@ -206,6 +208,7 @@ impl Host {
             self.links.remove(&left).await?;
         }
         let attachment = Attachment {
+            bridge: bridge.link.name.clone(),
             address,
             subnets,
             mac: bridge::mac(address),

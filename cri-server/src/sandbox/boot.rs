@@ -83,7 +83,9 @@ impl Ground<'_> {
         blocking(move || make_directory(&run)).await?;
 
         self.before(Step::Network).await?;
+        let joining = Instant::now();
         let (network, taps) = self.host.network.set_up(&id, &self.record.config).await?;
+        let network_us = joining.elapsed().as_micros();
 
         self.before(Step::Cgroup).await?;
         let cgroup = self.host.cgroup(&id, &self.record.config)?;
@@ -126,7 +128,7 @@ impl Ground<'_> {
         tracing::info!(
             sandbox = %id, kernel = %identity.kernel_release, agent = %identity.agent_version,
             memory_mib = size.memory_mib, vcpus = size.vcpus,
-            host_us = (launched - begun).as_micros(),
+            host_us = (launched - begun).as_micros(), network_us,
             guest_us = (answered - launched).as_micros(),
             prepare_us = answered.elapsed().as_micros(),
             "the guest is ready"

@@ -123,6 +123,7 @@ fn a_host_that_lives_by_advertisements_goes_on_to() {
             interface: Interface {
                 mac: [2, 0, 0, 0, 0, 9],
                 ..interface(&Attachment {
+                    bridge: String::new(),
                     address: Ipv4Addr::LOCALHOST,
                     subnets: subnets::Subnets {
                         v4: Ipv4Prefix::around(Ipv4Addr::LOCALHOST, 8).unwrap(),
