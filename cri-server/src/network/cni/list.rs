@@ -51,7 +51,14 @@ impl NetworkList {
     pub fn of_directory(directory: &Path) -> Result<Self, CniError> {
         let fail = |source| CniError::file(directory, source);
         let mut files = Vec::new();
-        for entry in fs::read_dir(directory).map_err(fail)? {
+        let entries = match fs::read_dir(directory) {
+            // With a template, it is made when the kubelet has told the node's networks.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(CniError::NoNetwork(directory.to_owned()));
+            }
+            other => other.map_err(fail)?,
+        };
+        for entry in entries {
             let path = entry.map_err(fail)?.path();
             let kind = path.extension().and_then(|extension| extension.to_str());
             if matches!(kind, Some("conflist" | "conf" | "json")) {
