@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::PodSandboxFilter;
 use bulkhead_tests::node::{BASE, WEB};
-use bulkhead_tests::request::sleeper;
+use bulkhead_tests::request::{resources, shell, sleeper};
 use bulkhead_tests::{Node, suite};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -21,6 +21,10 @@ suite! {
     run_of_a_missing_command_says_so,
     run_of_an_unknown_image_names_it,
     ps_lists_pods_and_containers,
+    logs_gives_what_a_container_has_written,
+    logs_follows_a_container_to_its_end,
+    stats_shows_what_pods_and_containers_use,
+    console_shows_what_the_guests_kernel_says,
     images_lists_images,
     run_shows_on_a_terminal_how_a_pull_comes_along,
     doctor_finds_that_pods_can_run,
@@ -204,6 +208,80 @@ fn ps_lists_pods_and_containers(node: &Node) -> Result<()> {
         let start = id.get(..12).context("a short id")?;
         ensure!(row.contains(start), "no {start} in {row}");
     }
+    Ok(())
+}
+
+fn logs_gives_what_a_container_has_written(node: &Node) -> Result<()> {
+    let pod = node.pod("wrote")?;
+    let ended = pod.run_to_end(&shell("wrote", &node.base()?, "echo out; echo err >&2"))?;
+    let done = output(node, &["logs", &socket(node)?, &ended.status.id])?;
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(
+        done.stdout == b"out\n" && done.stderr == b"err\n",
+        "{done:?}"
+    );
+    let done = output(node, &["logs", &socket(node)?, "0123456789"])?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(
+        done.status.code() == Some(125) && said.contains("0123456789"),
+        "{done:?}"
+    );
+    let mut silent = sleeper("silent", &node.base()?);
+    silent.log_path.clear();
+    let silent = pod.start(&silent)?;
+    let done = output(node, &["logs", &socket(node)?, &silent])?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(said.contains("no log"), "{done:?}");
+    Ok(())
+}
+
+fn logs_follows_a_container_to_its_end(node: &Node) -> Result<()> {
+    let pod = node.pod("writes")?;
+    let line = "echo first; until [ -e /go ]; do sleep 0.1; done; echo last";
+    let id = pod.start(&shell("writes", &node.base()?, line))?;
+    let (mut command, _) = bulkhead(node, &["logs", "-f", &socket(node)?, &id])?;
+    let mut follower = command.stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(follower.stdout.take().context("stdout")?).lines();
+    ensure!(lines.next().context("a line")?? == "first");
+    pod.cri.shell(&id, "touch /go")?;
+    ensure!(lines.next().context("a line")?? == "last");
+    ensure!(lines.next().is_none(), "it goes on after the end");
+    ensure!(follower.wait()?.success());
+    Ok(())
+}
+
+fn stats_shows_what_pods_and_containers_use(node: &Node) -> Result<()> {
+    let pod = node.pod("measured")?;
+    let id = pod.start(&shell("busy", &node.base()?, "while :; do :; done"))?;
+    let done = output(node, &["stats", &socket(node)?])?;
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    ensure!(done.status.success(), "{done:?}");
+    for start in [pod.id.get(..12), id.get(..12)] {
+        let start = start.context("a short id")?;
+        let row = stdout.lines().find(|line| line.starts_with(start));
+        let row = row.with_context(|| format!("no {start}: {stdout}"))?;
+        ensure!(row.contains(" %   ") && row.contains("iB"), "{row}");
+    }
+    ensure!(stdout.contains("measured/busy"), "{stdout}");
+    Ok(())
+}
+
+fn console_shows_what_the_guests_kernel_says(node: &Node) -> Result<()> {
+    let pod = node.pod("hog")?;
+    let mut config = shell("hog", &node.base()?, "tail /dev/zero");
+    resources(&mut config).memory_limit_in_bytes = 16 << 20;
+    let ended = pod.run_to_end(&config)?.status;
+    ensure!(ended.reason == "OOMKilled", "{ended:?}");
+    let done = output(node, &["console", &socket(node)?, &pod.id])?;
+    let said = String::from_utf8_lossy(&done.stdout);
+    ensure!(said.contains("out of memory: Killed process"), "{done:?}");
+    pod.cri.stop_pod(&pod.id)?;
+    let done = output(node, &["console", &socket(node)?, &pod.id])?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(
+        done.status.code() == Some(125) && said.contains("stopped"),
+        "{done:?}"
+    );
     Ok(())
 }
 

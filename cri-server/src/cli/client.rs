@@ -7,7 +7,10 @@ use std::time::Duration;
 use bulkhead_cri_api::pulls::v1::pulls_client::PullsClient;
 use bulkhead_cri_api::v1::image_service_client::ImageServiceClient;
 use bulkhead_cri_api::v1::runtime_service_client::RuntimeServiceClient;
-use bulkhead_cri_api::v1::{StatusRequest, VersionRequest, VersionResponse};
+use bulkhead_cri_api::v1::{
+    ContainerStatus, ContainerStatusRequest, PodSandboxStatusRequest, StatusRequest,
+    VersionRequest, VersionResponse,
+};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -95,6 +98,34 @@ impl Client {
             .into_inner())
     }
 
+    /// A container's status.
+    pub async fn container(&self, id: &str) -> Result<ContainerStatus, Failure> {
+        let request = ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: false,
+        };
+        let answer = self.runtime.clone().container_status(request).await;
+        let answer = answer.map_err(|status| Failure::call("look after the container", &status))?;
+        Ok(answer.into_inner().status.unwrap_or_default())
+    }
+
+    /// The end of what a pod's kernel has written to its console. It comes from the guest, so it is
+    /// made harmless for terminals.
+    pub async fn console(&self, pod: &str) -> Result<String, Failure> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.to_owned(),
+            verbose: true,
+        };
+        let answer = self.runtime.clone().pod_sandbox_status(request).await;
+        let answer = answer.map_err(|status| Failure::call("show the console", &status))?;
+        let console = answer.into_inner().info.remove("console");
+        let console = console.ok_or_else(|| {
+            let words = "the server no longer has the console of a pod that was stopped";
+            Failure::own(format!("cannot show the console: {words}"))
+        })?;
+        Ok(harmless(&console))
+    }
+
     /// Fails with the server's reason when it cannot run pods.
     pub async fn require_readiness(&self) -> Result<(), Failure> {
         let answer = self
@@ -119,5 +150,27 @@ impl Client {
                 },
             ))),
         }
+    }
+}
+
+/// Text without what would move a terminal's cursor or change its state.
+fn harmless(text: &str) -> String {
+    let letters = text.chars().filter(|letter| *letter != '\r');
+    letters
+        .map(|letter| match letter {
+            '\n' | '\t' => letter,
+            letter if letter.is_control() => '?',
+            letter => letter,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_cannot_write_to_the_terminal_what_it_likes() {
+        assert_eq!(harmless("a\tb\r\n\x1b[2Jc\u{9b}d"), "a\tb\n?[2Jc?d");
     }
 }

@@ -5,10 +5,13 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify;
 use tokio::io::unix::AsyncFd;
+
+use super::failure::Failure;
 
 /// Lines carry at most 16 KiB of text; one that goes on for longer than this is no log line.
 const LINE_BYTES: usize = 64 << 10;
@@ -64,8 +67,36 @@ impl Log {
         }
     }
 
-    /// Copies what the log has gained since the last call.
-    pub fn copy(&mut self, out: &mut impl Write, error: &mut impl Write) -> io::Result<()> {
+    /// Copies what the log has gained to this process's own output. The exit status, or the
+    /// failure, where the command has to end.
+    pub fn show(&mut self) -> Result<(), Result<u8, Failure>> {
+        let result = self.copy(&mut io::stdout().lock(), &mut io::stderr().lock());
+        result.map_err(|error| match error.kind() {
+            // The reader has gone, as in `bulkhead run … | head`: end as if by SIGPIPE.
+            ErrorKind::BrokenPipe => Ok(128 + 13),
+            _ => Err(Failure::own(format!(
+                "cannot copy the container's output: {error}"
+            ))),
+        })
+    }
+
+    /// Copies what the log has gained since the last call. One that was renamed is read to its end,
+    /// then the one in its place.
+    fn copy(&mut self, out: &mut impl Write, error: &mut impl Write) -> io::Result<()> {
+        loop {
+            self.copy_file(out, error)?;
+            let Some(file) = &self.file else {
+                return Ok(());
+            };
+            let is = file.metadata()?.ino();
+            match std::fs::metadata(&self.path) {
+                Ok(named) if named.ino() != is => self.file = None,
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn copy_file(&mut self, out: &mut impl Write, error: &mut impl Write) -> io::Result<()> {
         if self.file.is_none() {
             match File::open(&self.path) {
                 Ok(file) => self.file = Some(file),
@@ -186,6 +217,23 @@ mod tests {
         log.changed().await.unwrap();
         log.copy(&mut out, &mut error).unwrap();
         assert_eq!(out, b"one two\nthree\n");
+    }
+
+    #[tokio::test]
+    async fn a_log_that_is_rotated_is_read_to_its_end_and_then_the_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        append(&path, b"t stdout F one\n");
+        let mut log = Log::open(&path).unwrap();
+        let mut out = Vec::new();
+        log.copy(&mut out, &mut Vec::new()).unwrap();
+        append(&path, b"t stdout F two\n");
+        let old = directory.path().join("log.1");
+        std::fs::rename(&path, &old).unwrap();
+        append(&old, b"t stdout F three\n");
+        append(&path, b"t stdout F four\n");
+        log.copy(&mut out, &mut Vec::new()).unwrap();
+        assert_eq!(out, b"one\ntwo\nthree\nfour\n");
     }
 
     #[tokio::test]

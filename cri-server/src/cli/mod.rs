@@ -3,9 +3,11 @@
 mod client;
 mod failure;
 mod log;
+mod logs;
 mod private;
 mod pull;
 mod run;
+mod stats;
 mod sys;
 mod table;
 
@@ -26,7 +28,9 @@ Examples:
   bulkhead doctor                                   can pods run on this machine?
   sudo bulkhead run docker.io/library/busybox -- uname -a
   sudo bulkhead serve                               a CRI server for crictl or a kubelet
-  sudo bulkhead ps -a                               its pods and containers";
+  sudo bulkhead ps -a                               its pods and containers
+  sudo bulkhead logs -f 0123                        what container 0123… writes
+  sudo bulkhead stats                               what they use";
 
 const RUN_EXAMPLES: &str = "\
 Talks to a running server; where none answers, root gets a server that lives as long as the
@@ -57,6 +61,32 @@ enum Command {
         /// Those that have ended, too
         #[arg(long, short)]
         all: bool,
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Prints what a container has written
+    Logs {
+        /// Goes on until the container has ended
+        #[arg(long, short)]
+        follow: bool,
+        /// Id of the container, or the start of it
+        container: String,
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Shows what pods and containers use; on a terminal it goes on until Ctrl-C
+    #[command(
+        after_help = "A pod's figures are the host's, with all that its VM takes; a container's \
+                            are those of the guest."
+    )]
+    Stats {
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Prints the end of what a pod's kernel has written to its console
+    Console {
+        /// Id of the pod, or the start of it
+        pod: String,
         #[command(flatten)]
         server: Server,
     },
@@ -144,6 +174,25 @@ fn dispatch(command: Command) -> Result<u8, Failure> {
             print(&block_on(async {
                 table::pods(&Client::require(&socket).await?, all).await
             })?)
+        }
+        Command::Logs {
+            follow,
+            container,
+            server,
+        } => {
+            let socket = server.socket()?;
+            block_on(async {
+                logs::logs(&Client::require(&socket).await?, &container, follow).await
+            })
+        }
+        Command::Stats { server } => {
+            let socket = server.socket()?;
+            block_on(async { stats::stats(&Client::require(&socket).await?).await })
+        }
+        Command::Console { pod, server } => {
+            let socket = server.socket()?;
+            let client = async { Client::require(&socket).await?.console(&pod).await };
+            print(&block_on(client)?)
         }
         Command::Images { server } => {
             let socket = server.socket()?;

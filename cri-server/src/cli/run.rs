@@ -1,12 +1,12 @@
 //! `bulkhead run`: one container in one pod, in the foreground.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_cri_api::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, CreateContainerRequest,
+    ImageSpec, KeyValue, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig,
     PodSandboxFilter, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
     SecurityProfile, StartContainerRequest, StopContainerRequest,
@@ -214,7 +214,7 @@ impl<'a> Session<'a> {
         };
         if let Err(status) = runtime.start_container(request).await {
             let failure = Failure::call("start the container", &status);
-            let end = self.status(&container).await.ok();
+            let end = self.client.container(&container).await.ok();
             return Err(Failure {
                 status: start_status(end.as_ref(), &status),
                 ..failure
@@ -280,9 +280,9 @@ impl<'a> Session<'a> {
                     stop = None;
                     stopped?;
                 }
-                _ = look.tick() => match self.status(container).await {
+                _ = look.tick() => match self.client.container(container).await {
                     Ok(status) if status.state() == ContainerState::ContainerExited => {
-                        if let Err(end) = self.copy(log) {
+                        if let Err(end) = log.show() {
                             return end;
                         }
                         if let Some(why) = notable_end(&status) {
@@ -295,34 +295,13 @@ impl<'a> Session<'a> {
                     Err(_) => {}
                 },
             }
-            if let Err(end) = self.copy(log) {
+            if let Err(end) = log.show() {
                 return end;
             }
         }
     }
 
     /// Copies what is new; what to end with, when it cannot.
-    fn copy(&self, log: &mut Log) -> Result<(), Result<u8, Failure>> {
-        let result = log.copy(&mut io::stdout().lock(), &mut io::stderr().lock());
-        result.map_err(|error| match error.kind() {
-            // The reader has gone, as in `bulkhead run … | head`: end as if by SIGPIPE.
-            ErrorKind::BrokenPipe => Ok(128 + 13),
-            _ => Err(Failure::own(format!(
-                "cannot copy the container's output: {error}"
-            ))),
-        })
-    }
-
-    async fn status(&self, container: &str) -> Result<ContainerStatus, Failure> {
-        let request = ContainerStatusRequest {
-            container_id: container.to_owned(),
-            verbose: false,
-        };
-        let answer = self.client.runtime.clone().container_status(request).await;
-        let answer = answer.map_err(|status| Failure::call("look after the container", &status))?;
-        Ok(answer.into_inner().status.unwrap_or_default())
-    }
-
     async fn stop(&self, container: &str, timeout: i64) -> Result<(), Failure> {
         let request = StopContainerRequest {
             container_id: container.to_owned(),

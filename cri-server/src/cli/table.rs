@@ -10,7 +10,7 @@ use bulkhead_cri_api::v1::{
 use super::client::Client;
 use super::failure::Failure;
 
-/// How much of an id is shown, and enough to tell it from others.
+/// How much of an id is shown.
 const ID_LENGTH: usize = 12;
 
 /// The pods with their containers; those that ended only with `all`.
@@ -44,7 +44,8 @@ pub async fn images(client: &Client) -> Result<String, Failure> {
     Ok(render(&image_rows(&images)))
 }
 
-type Row = Vec<String>;
+/// A line's cells.
+pub type Row = Vec<String>;
 
 fn pod_rows(pods: &[PodSandbox], containers: &[Container], all: bool, now: i64) -> Vec<Row> {
     let mut rows = vec![head(&["POD", "NAME", "CONTAINER", "IMAGE", "STATE", "AGE"])];
@@ -118,11 +119,13 @@ fn image_rows(images: &[Image]) -> Vec<Row> {
     rows
 }
 
-fn head(titles: &[&str]) -> Row {
+/// A line of titles.
+pub fn head(titles: &[&str]) -> Row {
     titles.iter().map(|title| (*title).to_owned()).collect()
 }
 
-fn short(id: &str) -> String {
+/// The start of an id, enough to tell it from others.
+pub fn short(id: &str) -> String {
     id.strip_prefix("sha256:")
         .unwrap_or(id)
         .chars()
@@ -148,9 +151,9 @@ fn age(now: i64, then: i64) -> String {
     }
 }
 
-fn render(rows: &[Row]) -> String {
+/// Aligns the columns. Names come from users: no control character reaches the terminal.
+pub fn render(rows: &[Row]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
-    // Names come from users: no control characters for the terminal.
     let clean = |cell: &str| -> String {
         cell.chars()
             .map(|letter| if letter.is_control() { '?' } else { letter })

@@ -11,13 +11,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::SandboxError;
 use super::boot::Live;
-use super::host::new_id;
+use super::host::{Host, new_id};
 use super::owner::{Answer, Request};
 use super::record::{Container, Record};
 use super::state::{ContainerState, PodState};
 use crate::container::exec::{self, Command, Output};
 use crate::container::spec::exec_process;
 use crate::deadline::{Deadline, Passed};
+use crate::vm;
 
 /// Linux' number of the signal that cannot be caught.
 pub const KILL: u32 = 9;
@@ -158,6 +159,17 @@ impl Pod {
         let asked = Box::new([overhead, resources]);
         self.ask(|reply| Request::UpdatePod(asked, deadline, reply))
             .await
+    }
+
+    /// The end of the guest's console, while the pod's VM is there or its end is not dealt with.
+    pub async fn console(&self, host: &Host) -> Option<String> {
+        let limit = Deadline::after(FIGURES);
+        if let Ok(live) = self.view().live() {
+            return Some(live.vm.console_tail(new_id().ok()?, limit).await);
+        }
+        let file = host.vm_files(&self.id).exit_record;
+        let read = tokio::task::spawn_blocking(move || vm::exit_record(&file));
+        Some(read.await.ok()??.console_tail)
     }
 
     /// What the guest's agent takes for itself; nothing when it does not say so at once.

@@ -197,6 +197,9 @@ impl RuntimeService for Runtime {
             let network = &self.sandboxes.host().network;
             let cni = network.details(&view.record().id).await;
             response.info = translate::pod_info(&view, cni, pod.usage().await);
+            let console = pod.console(self.sandboxes.host()).await;
+            let console = console.map(|text| ("console".to_owned(), text));
+            response.info.extend(console);
         }
         Ok(Response::new(response))
     }
