@@ -227,6 +227,7 @@ fn the_server_pauses_resumes_and_ends_a_guest() {
     let Reply::Stats {
         paused: true,
         console_tail,
+        ..
     } = control.request("2", Action::Stats).unwrap()
     else {
         panic!("the guest is not paused");

@@ -7,6 +7,7 @@ use bulkhead_agent_api::v1::{
     SignalRequest, StatsRequest, StatsResponse, UsageRequest, UsageResponse,
 };
 use bulkhead_cri_api::v1 as cri;
+use bulkhead_vmm_api::InterfaceCounters;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::SandboxError;
@@ -184,6 +185,15 @@ impl Pod {
         let live = Arc::clone(self.view().live()?);
         let limit = Deadline::after(FIGURES);
         Ok(live.guest.stats(StatsRequest {}, limit).await?)
+    }
+
+    /// What the VM's network interfaces have moved; nothing when the VMM does not say so at once.
+    pub async fn interfaces(&self) -> Vec<InterfaceCounters> {
+        let view = self.view();
+        let (Ok(live), Ok(id)) = (view.live(), new_id()) else {
+            return Vec::new();
+        };
+        live.vm.interfaces(id, Deadline::after(FIGURES)).await
     }
 
     /// Asks a container to stop, and kills it after `grace`. One that does not run is left alone.

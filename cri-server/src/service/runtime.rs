@@ -196,7 +196,8 @@ impl RuntimeService for Runtime {
         if request.verbose {
             let network = &self.sandboxes.host().network;
             let cni = network.details(&view.record().id).await;
-            response.info = translate::pod_info(&view, cni, pod.usage().await);
+            let interfaces = pod.interfaces().await;
+            response.info = translate::pod_info(&view, cni, pod.usage().await, &interfaces);
             let console = pod.console(self.sandboxes.host()).await;
             let console = console.map(|text| ("console".to_owned(), text));
             response.info.extend(console);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use bulkhead_agent_api::v1::UsageResponse;
 use bulkhead_cri_api::v1 as cri;
+use bulkhead_vmm_api::InterfaceCounters;
 
 use crate::sandbox::{Container, ContainerState, PodState, View};
 
@@ -52,10 +53,12 @@ pub fn pod_status(view: &View) -> cri::PodSandboxStatus {
 
 /// What `verbose` adds to a pod's status: JSON in a map. `info` has the pod's network namespace as
 /// `netns`, and `cni`: the CNI network with the result of its plugins, null on the bridge.
+/// `interfaces` has what the VM's network interfaces have moved.
 pub fn pod_info(
     view: &View,
     cni: serde_json::Value,
     agent: Option<UsageResponse>,
+    interfaces: &[InterfaceCounters],
 ) -> HashMap<String, String> {
     let record = view.record();
     let netns = match &record.state {
@@ -77,7 +80,11 @@ pub fn pod_info(
         "hostname": record.hostname,
         "disks": record.disks,
     });
-    let mut all = HashMap::from([("info".to_owned(), info.to_string())]);
+    let interfaces = serde_json::json!(interfaces);
+    let mut all = HashMap::from([
+        ("info".to_owned(), info.to_string()),
+        ("interfaces".to_owned(), interfaces.to_string()),
+    ]);
     if let Some(usage) = agent {
         let usage = serde_json::json!({
             "descriptors": usage.descriptors,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_vmm_api::control::{Action, Reply};
-use bulkhead_vmm_api::{Control, ExitRecord, Launch, LaunchError, OpenDevice};
+use bulkhead_vmm_api::{Control, ExitRecord, InterfaceCounters, Launch, LaunchError, OpenDevice};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -237,6 +237,19 @@ impl Vm {
                 Some(ended) => ended.console_tail.clone(),
                 None => String::new(),
             },
+        }
+    }
+
+    /// What the VM's network interfaces have moved; nothing when the VMM does not say so.
+    pub async fn interfaces(
+        &self,
+        operation: String,
+        deadline: Deadline,
+    ) -> Vec<InterfaceCounters> {
+        let reply = self.ask("tell how it is", operation, Action::Stats, None, deadline);
+        match reply.await {
+            Ok(Reply::Stats { interfaces, .. }) => interfaces,
+            _ => Vec::new(),
         }
     }
 

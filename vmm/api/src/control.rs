@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Device;
+use crate::{Device, InterfaceCounters};
 
 /// The largest packet either end sends or accepts, in bytes.
 pub const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -92,5 +92,9 @@ pub enum Reply {
         paused: bool,
         /// The last bytes of the guest's console.
         console_tail: String,
+        /// What its network interfaces have moved, in the order of their windows. An older VMM
+        /// does not say.
+        #[serde(default)]
+        interfaces: Vec<InterfaceCounters>,
     },
 }

@@ -11,6 +11,7 @@
 mod client;
 mod config;
 pub mod control;
+mod counters;
 mod exit;
 mod launch;
 mod sys;
@@ -20,5 +21,6 @@ pub use client::Control;
 pub use config::{
     Block, CONFIG_FD, ConfigError, Device, Extent, Fd, MAX_VCPUS, Net, VERSION, VmConfig, WINDOWS,
 };
+pub use counters::{FlowCounters, InterfaceCounters};
 pub use exit::{CONSOLE_TAIL_BYTES, ExitReason, ExitRecord};
 pub use launch::{Launch, LaunchError, OpenDevice, Vmm};

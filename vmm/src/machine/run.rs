@@ -111,9 +111,14 @@ impl Perform for Session<'_> {
             }
             Action::Stats => {
                 let console_tail = machine.console.tail();
+                let windows = (0..WINDOWS).zip(machine.bus.windows());
+                let interfaces = windows
+                    .filter_map(|(number, window)| Some(window.counters()?.read(number)))
+                    .collect();
                 return Ok(Reply::Stats {
                     paused: machine.vcpus.paused(),
                     console_tail,
+                    interfaces,
                 });
             }
         }

@@ -34,6 +34,10 @@ pub trait Device: Send {
     fn queue_sizes(&self) -> &[u16];
     /// The configuration space, little endian.
     fn config(&self) -> &[u8];
+    /// What it counts, if it is a network interface.
+    fn counters(&self) -> Option<Arc<net::Counters>> {
+        None
+    }
     /// Takes the queues and runs until stopped. A failure leaves the device unusable until the
     /// VM ends (the transport sets DEVICE_NEEDS_RESET).
     fn start(self: Box<Self>, active: Active) -> Result<Box<dyn Running>, StartError>;

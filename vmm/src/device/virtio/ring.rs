@@ -76,6 +76,12 @@ impl Ring {
         self.active.kick.as_raw_fd()
     }
 
+    /// How often the guest has kicked since this was asked last.
+    pub fn kicks(&self) -> u64 {
+        // Nothing to read is an error.
+        self.active.kick.read().unwrap_or(0)
+    }
+
     /// The guest has kicked: there may be chains.
     pub fn kicked(&mut self) {
         self.filled = true;
@@ -152,22 +158,23 @@ impl Ring {
         Ok(())
     }
 
-    /// Tells the guest about the chains returned, if it wants to know.
+    /// Tells the guest about the chains returned, if it wants to know. Returns whether it was told.
     pub fn notify(
         &mut self,
         memory: &GuestMemoryMmap,
         interrupt: &Interrupt,
-    ) -> Result<(), RingError> {
+    ) -> Result<bool, RingError> {
         if !std::mem::take(&mut self.used) {
-            return Ok(());
+            return Ok(false);
         }
         let malformed = self.malformed();
         let queue = &mut self.active.queue;
         let wanted = queue.needs_notification(memory).map_err(malformed)?;
-        if std::mem::take(&mut self.insist) || wanted {
+        let told = std::mem::take(&mut self.insist) || wanted;
+        if told {
             interrupt.queue();
         }
-        Ok(())
+        Ok(told)
     }
 
     /// Names this queue in an error of the library.

@@ -12,6 +12,7 @@ use transport::Transport;
 pub use transport::{AttachError, DetachError};
 pub use wires::Wires;
 
+use super::net::Counters;
 use super::{Device, Memory, NEEDS_RESET};
 use registers::{INTERRUPT_ACK, INTERRUPT_STATUS};
 
@@ -52,6 +53,11 @@ impl Window {
     /// Whether no device is here.
     pub fn is_empty(&self) -> bool {
         self.transport().is_empty()
+    }
+
+    /// What the device here counts, if it is a network interface.
+    pub fn counters(&self) -> Option<Arc<Counters>> {
+        self.transport().counters()
     }
 
     /// The guest reads at `offset`; `data` comes filled with zeros.

@@ -7,6 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::super::net::Counters;
 use super::super::{Active, ActiveQueue, Device, Interrupt, Memory, NEEDS_RESET, Running};
 use super::registers::*;
 use super::wires::Wires;
@@ -59,6 +60,7 @@ struct Occupant {
     config: Vec<u8>,
     queues: Vec<Setup>,
     line: Arc<EventFd>,
+    counters: Option<Arc<Counters>>,
 }
 
 enum Life {
@@ -104,6 +106,10 @@ impl Transport {
         }
     }
 
+    pub fn counters(&self) -> Option<Arc<Counters>> {
+        self.occupant.as_ref()?.counters.clone()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.occupant.is_none()
     }
@@ -119,6 +125,7 @@ impl Transport {
             kind: device.kind(),
             features: device.features() | F_VERSION_1,
             config: device.config().to_vec(),
+            counters: device.counters(),
             queues: sizes.iter().map(|size| Setup::new(*size)).collect(),
             life: Life::Idle(device),
             line,

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -12,6 +13,7 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::counters::Counters;
 use super::sys::{self, Offload};
 use super::worker::Worker;
 use super::{ETHERNET_BYTES, HEADER_BYTES, SEGMENTED_BYTES};
@@ -35,6 +37,7 @@ pub struct Net {
     /// Whether the tap can leave checksums and segmentation undone.
     offloads: bool,
     config: [u8; 12],
+    pub(super) counters: Arc<Counters>,
 }
 
 impl Net {
@@ -64,6 +67,7 @@ impl Net {
             mtu,
             offloads,
             config,
+            counters: Arc::default(),
         })
     }
 
@@ -140,6 +144,10 @@ impl Device for Net {
 
     fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    fn counters(&self) -> Option<Arc<Counters>> {
+        Some(Arc::clone(&self.counters))
     }
 
     fn start(self: Box<Self>, active: Active) -> Result<Box<dyn Running>, StartError> {

@@ -5,10 +5,12 @@
 //! them last. The device opens nothing: the tap arrives as an open descriptor.
 
 mod buffers;
+mod counters;
 mod device;
 mod sys;
 mod worker;
 
+pub use counters::Counters;
 pub use device::Net;
 
 /// Bytes of the header before each frame (virtio 1.2 §5.1.6).

@@ -235,6 +235,33 @@ fn a_segmented_frame_needs_buffers_for_the_largest() {
 }
 
 #[test]
+fn frames_notifications_and_interrupts_are_counted() {
+    let (wire, tap) = wire();
+    let device = Box::new(Net::new(tap, MAC, MTU).unwrap());
+    let counters = device.counters().unwrap();
+    let mut guest = Guest::boot(device, EVENT_IDX, 8, 2048);
+    for seed in 0..3 {
+        guest.send(&frame(100, seed), &[12]);
+        assert_eq!(get(&wire), frame(100, seed));
+    }
+    guest.send(&frame(13, 0), &[12]);
+    put(&wire, &frame(3000, 0));
+    put(&wire, &frame(200, 0));
+    assert_eq!(guest.frame(), numbered(frame(200, 0), 1));
+    guest.running.stop();
+    let counted = counters.read(2);
+    assert_eq!(counted.window, 2);
+    let (sent, received) = (counted.sent, counted.received);
+    assert_eq!((sent.frames, sent.bytes, sent.lost), (3, 300, 1));
+    assert_eq!(
+        (received.frames, received.bytes, received.lost),
+        (1, 200, 1)
+    );
+    assert!((1..=4).contains(&sent.notifications), "{sent:?}");
+    assert_eq!(received.interrupts, 1);
+}
+
+#[test]
 fn a_frame_that_is_too_long_for_the_guest_is_dropped() {
     for (features, room) in [(0, 2048), (MERGE, 6 * 256)] {
         let (mut guest, wire) = Guest::wired(features, room as u64 / 256, 256);

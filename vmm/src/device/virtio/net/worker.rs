@@ -8,6 +8,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::{Buffers, collect};
+use super::counters::{Flow, Turn};
 use super::device::{Net, has};
 use super::{ETHERNET_BYTES, HEADER_BYTES, SEGMENTED_BYTES, sys};
 use crate::device::virtio::ring::{Ring, RingError};
@@ -105,8 +106,8 @@ impl Worker {
             for wake in self.poll.wait(busy, None).map_err(Fault::Poll)? {
                 match wake.token {
                     _ if wake.stop => return Ok(()),
-                    KICK_RECEIVE => self.receive.kicked(),
-                    KICK_TRANSMIT => self.transmit.kicked(),
+                    KICK_RECEIVE => kicked(&mut self.receive, &self.device.counters.received),
+                    KICK_TRANSMIT => kicked(&mut self.transmit, &self.device.counters.sent),
                     _ => {
                         let failed = EventSet::ERROR | EventSet::HANG_UP;
                         self.readable |= wake.events.intersects(EventSet::IN | failed);
@@ -120,6 +121,7 @@ impl Worker {
     /// Sends the guest's frames. Returns whether there may be more that can be sent.
     fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Fault> {
         let ring = &mut self.transmit;
+        let mut turn = Turn::default();
         let mut pieces = Vec::new();
         for _ in 0..TURN {
             if !self.writable {
@@ -131,27 +133,29 @@ impl Worker {
             let head = chain.head_index();
             pieces.clear();
             let bytes = collect(ring, memory, chain, false, &mut pieces)?;
-            if (SMALLEST_FRAME..=LARGEST_FRAME).contains(&bytes)
-                && let Err(error) = sys::write(self.device.tap(), &pieces)
-            {
-                match error.kind() {
-                    io::ErrorKind::Interrupted => {
+            if (SMALLEST_FRAME..=LARGEST_FRAME).contains(&bytes) {
+                match sys::write(self.device.tap(), &pieces) {
+                    Ok(_) => turn.moved(bytes),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                         ring.give_back();
                         continue;
                     }
-                    io::ErrorKind::WouldBlock => {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ring.give_back();
                         self.writable = false;
                         break;
                     }
                     // An interface that is down, or a header that makes no sense: a network may
                     // lose frames.
-                    _ => {}
+                    Err(_) => turn.lost(),
                 }
+            } else {
+                turn.lost();
             }
             ring.put(memory, head, 0)?;
         }
-        ring.notify(memory, &self.interrupt)?;
+        let interrupted = ring.notify(memory, &self.interrupt)?;
+        self.device.counters.sent.add(&turn, interrupted);
         Ok(self.writable && ring.filled())
     }
 
@@ -164,6 +168,7 @@ impl Worker {
         let ring = &mut self.receive;
         let mut more = true;
         let mut failures = 0;
+        let mut turn = Turn::default();
         for _ in 0..TURN {
             if !self.readable || !buffers.fill(ring, memory, self.spread)? {
                 more = false;
@@ -175,8 +180,12 @@ impl Worker {
                 Ok(0) => self.readable = false,
                 Ok(count) if count > buffers.bytes() || count < SMALLEST_FRAME => {
                     // Too long for the guest, or not a frame.
+                    turn.lost();
                 }
-                Ok(count) => buffers.put(ring, memory, count)?,
+                Ok(count) => {
+                    buffers.put(ring, memory, count)?;
+                    turn.moved(count);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // No frame, also of an interface that is down, or no interface: the kernel tells
                 // when that changes.
@@ -188,12 +197,22 @@ impl Worker {
                 }
                 // A frame that the tap could not hand over, such as one with a segmentation that
                 // the header has no number for, is lost; those behind it are not.
-                Err(_) => failures += 1,
+                Err(_) => {
+                    turn.lost();
+                    failures += 1;
+                }
             }
         }
         // An error that stays is not asked for again until the kernel tells of something new.
         self.readable &= failures < TURN;
-        ring.notify(memory, &self.interrupt)?;
+        let interrupted = ring.notify(memory, &self.interrupt)?;
+        self.device.counters.received.add(&turn, interrupted);
         Ok(more && self.readable)
     }
+}
+
+/// The guest has kicked this queue, once or more often.
+fn kicked(ring: &mut Ring, flow: &Flow) {
+    flow.notified(ring.kicks());
+    ring.kicked();
 }
