@@ -10,8 +10,8 @@ use bulkhead_cri_api::v1::{PodSandboxConfig, PortMapping, Protocol};
 use bulkhead_tests::cri::refused;
 use bulkhead_tests::http::{connect, fetch};
 use bulkhead_tests::leak::Machine;
-use bulkhead_tests::node::{BASE, WEB as WEB_IMAGE};
-use bulkhead_tests::request::{Pod, container, shell, sleeper};
+use bulkhead_tests::node::{BASE, WEB as WEB_IMAGE, counted};
+use bulkhead_tests::request::{Pod, container, pod_resources, security, shell, sleeper};
 use bulkhead_tests::{Cri, Node, suite};
 use tonic::Code;
 
@@ -22,6 +22,8 @@ suite! {
     pod_reaches_the_host,
     pod_reaches_another_pod,
     large_transfers_arrive_whole,
+    pod_of_two_cpus_uses_two_pairs_of_queues,
+    neighbours_outlive_a_pod_that_floods_and_forges,
     loopback_is_up,
     address_ends_with_the_pod,
     pod_has_addresses_of_both_families,
@@ -136,6 +138,100 @@ fn large_transfers_arrive_whole(node: &Node) -> Result<()> {
         Some(&*received) == wanted.as_bytes().get(..BYTES),
         "other bytes"
     );
+    Ok(())
+}
+
+fn pod_of_two_cpus_uses_two_pairs_of_queues(node: &Node) -> Result<()> {
+    const STREAMS: usize = 8;
+    const BYTES: usize = 1 << 20;
+    let cri = node.cri()?;
+    let mut config = node.pod_config("queues")?;
+    let limits = pod_resources(&mut config);
+    (limits.cpu_period, limits.cpu_quota) = (100_000, 200_000);
+    let pod = Pod::run(cri, config)?;
+    let line = format!(
+        "for port in $(seq 9000 {}); do seq 2000000 | head -c {BYTES} | nc -l -p $port & done; wait",
+        9000 + STREAMS - 1
+    );
+    let id = pod.start(&shell("sender", &node.base()?, &line))?;
+    let queues = cri.shell(&id, "ls /sys/class/net/eth0/queues")?;
+    ensure!(
+        queues
+            .split_whitespace()
+            .eq(["rx-0", "rx-1", "tx-0", "tx-1"]),
+        "{queues}"
+    );
+    let address = cri.pod_ip(&pod.id)?;
+    let mut wanted: String = (1..=200_000).map(|number| format!("{number}\n")).collect();
+    wanted.truncate(BYTES);
+    let streams: Vec<_> = (9000..)
+        .take(STREAMS)
+        .map(|port| {
+            std::thread::spawn(move || -> Result<Vec<u8>> {
+                let mut received = Vec::new();
+                connect(SocketAddr::new(address, port))?.read_to_end(&mut received)?;
+                Ok(received)
+            })
+        })
+        .collect();
+    for stream in streams {
+        let received = stream.join();
+        let received = received.map_err(|_| anyhow::anyhow!("a reader panicked"))??;
+        ensure!(received == wanted.as_bytes(), "{} bytes", received.len());
+    }
+    Ok(())
+}
+
+/// Sends as root of a privileged container can: frames of any length with any content, such that
+/// claim to be of others, and such whose header asks the host for what makes no sense.
+const FORGE: &str = r#"
+use Socket;
+my ($count, $seed) = @ARGV;
+srand $seed;
+socket(my $wire, 17, SOCK_RAW, 0x0300) or die "socket: $!";
+open my $sys, "<", "/sys/class/net/eth0/ifindex" or die; chomp(my $index = <$sys>);
+my $eth0 = pack("S n l S C C a8", 17, 3, $index, 1, 0, 6, "\xff" x 6);
+# PACKET_VNET_HDR of SOL_PACKET: a header before each frame.
+my ($sent, $refused) = (0, 0);
+for my $headed (0, 1) {
+    setsockopt($wire, 263, 15, pack("i", $headed)) or die "PACKET_VNET_HDR: $!";
+    for (1 .. $count) {
+        my $length = rand() < 0.1 ? int rand 60000 : int rand 1500;
+        my $frame = join "", map { chr int rand 256 } 1 .. (14 + ($length > 200 ? 200 : $length));
+        $frame .= "\0" x ($length - 200) if $length > 200;
+        # Half of them look like IP, from an address of somebody else.
+        substr($frame, 12, 9) = pack "n C*", 0x0800, 0x45, 0, 0, 60, 0, 0, 0 if rand() < 0.5;
+        substr($frame, 0, 6) = "\xff" x 6 if rand() < 0.2;
+        my $header = pack "C C v v v v", int rand 8, (0, 1, 3, 4, 5, 0x81, int rand 256)[rand 7],
+            map { int rand(rand() < 0.5 ? 65536 : 100) } 1 .. 4;
+        defined send($wire, $headed ? $header . $frame : $frame, 0, $eth0) ? $sent++ : $refused++;
+    }
+}
+print "sent $sent refused $refused\n";
+"#;
+
+fn neighbours_outlive_a_pod_that_floods_and_forges(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let image = node.image(WEB_IMAGE)?;
+    let (neighbour, rogue) = (node.pod("neighbour")?, node.pod("rogue")?);
+    neighbour.start(&container("lighttpd", &image, &[]))?;
+    let address = SocketAddr::new(cri.pod_ip(&neighbour.id)?, 80);
+    fetch(address)?;
+    let mut forger = sleeper("forger", &image);
+    let capabilities = security(&mut forger).capabilities.get_or_insert_default();
+    capabilities.add_capabilities.push("NET_RAW".to_owned());
+    let id = rogue.start(&forger)?;
+    let count = counted(1000).to_string();
+    let said = cri.output(&id, &["perl", "-e", FORGE, &count, "1"])?;
+    let sent = said.split_whitespace().nth(1).map(str::parse::<u32>);
+    ensure!(matches!(sent, Some(Ok(500..))), "{said}");
+    // The neighbour, the host's way to the rogue, and the rogue's own network work on.
+    let page = fetch(address)?;
+    ensure!(page.contains("Served by lighttpd from a pod."), "{page}");
+    let ask = "use IO::Socket::INET; my $web = IO::Socket::INET->new($ARGV[0]) or die; \
+               print $web \"GET / HTTP/1.0\\r\\n\\r\\n\"; print <$web>";
+    let page = cri.output(&id, &["perl", "-e", ask, &address.to_string()])?;
+    ensure!(page.contains("Served by lighttpd from a pod."), "{page}");
     Ok(())
 }
 

@@ -100,7 +100,10 @@ fn named(config: &VmConfig) -> Vec<i32> {
     for device in &config.devices {
         match device {
             Device::Block(block) => numbers.extend(block.extents.iter().map(|e| e.file.0)),
-            Device::Net(net) => numbers.push(net.tap.0),
+            Device::Net(net) => {
+                numbers.push(net.tap.0);
+                numbers.extend(net.more_taps.iter().map(|tap| tap.0));
+            }
         }
     }
     numbers.retain(|number| *number > CONFIG_FD);

@@ -25,7 +25,7 @@ mod tap;
 mod tests;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use bulkhead_cri_api::v1 as cri;
@@ -35,6 +35,7 @@ pub use cni::CniError;
 pub use dns::Dns;
 pub use error::NetworkError;
 pub use prefix::{Ipv4Prefix, Ipv6Prefix};
+pub use tap::Tap;
 
 use cni::{Cni, Promise};
 use link::{Link, Links};
@@ -195,16 +196,17 @@ impl Network {
         })
     }
 
-    /// Makes the sandbox's network, and returns the tap of each interface for its VMM. What an
-    /// interrupted attempt left is replaced; after a failure nothing is left.
+    /// Makes the sandbox's network, and returns `queues` queues of each interface's tap for its
+    /// VMM. What an interrupted attempt left is replaced; after a failure nothing is left.
     pub async fn set_up(
         &self,
         sandbox: &str,
         pod: &cri::PodSandboxConfig,
-    ) -> Result<(PodNetwork, Vec<OwnedFd>), NetworkError> {
+        queues: usize,
+    ) -> Result<(PodNetwork, Vec<Tap>), NetworkError> {
         let path = self.namespace(sandbox)?;
         self.cni.detach(sandbox).await?;
-        let made = self.make(sandbox, path, pod).await;
+        let made = self.make(sandbox, path, pod, queues).await;
         if made.is_err()
             && let Err(error) = self.tear_down(sandbox).await
         {
@@ -218,17 +220,18 @@ impl Network {
         sandbox: &str,
         path: PathBuf,
         pod: &cri::PodSandboxConfig,
-    ) -> Result<(PodNetwork, Vec<OwnedFd>), NetworkError> {
+        queues: usize,
+    ) -> Result<(PodNetwork, Vec<Tap>), NetworkError> {
         let namespace = Namespace::create(path.clone()).await?;
         let host = blocking(|| Ok(Dns::of_host())).await?;
         let (interfaces, taps, dns) = if self.cni.is_wanted() {
             let promise = self.cni.attach(sandbox, &path, pod).await?;
             let dns = promise.dns.clone().unwrap_or(host);
-            let cards = namespace.run(move || add_cards(promise)).await?;
+            let cards = namespace.run(move || add_cards(promise, queues)).await?;
             let (interfaces, taps) = cards.into_iter().unzip();
             (interfaces, taps, dns)
         } else {
-            let (interface, tap) = self.join_bridge(sandbox, &namespace, pod).await?;
+            let (interface, tap) = self.join_bridge(sandbox, &namespace, pod, queues).await?;
             (vec![interface], vec![tap], host)
         };
         let network = PodNetwork {
@@ -244,7 +247,8 @@ impl Network {
         sandbox: &str,
         namespace: &Namespace,
         pod: &cri::PodSandboxConfig,
-    ) -> Result<(Interface, OwnedFd), NetworkError> {
+        queues: usize,
+    ) -> Result<(Interface, Tap), NetworkError> {
         let copy = namespace
             .as_fd()
             .try_clone_to_owned()
@@ -262,7 +266,7 @@ impl Network {
         let add = move || async move {
             let links = Links::open()?;
             let pod = present(&links, POD_LINK).await?;
-            add_tap(&links, &pod, &tap_name(0), mtu).await
+            add_tap(&links, &pod, &tap_name(0), mtu, queues).await
         };
         let tap = namespace.run(add).await?;
         // The bridge opens its port, the host's end sends, and the first pod's bridge answers by
@@ -357,7 +361,7 @@ impl Network {
 
 /// Runs in the pod's namespace: a tap and a mirror for each link that plugins have brought. Fails
 /// when an address that was promised is not there.
-async fn add_cards(promise: Promise) -> Result<Vec<(Interface, OwnedFd)>, NetworkError> {
+async fn add_cards(promise: Promise, queues: usize) -> Result<Vec<(Interface, Tap)>, NetworkError> {
     let links = Links::open()?;
     let names = match promise.interfaces.as_slice() {
         // Plugins of old need not list what they were told to make.
@@ -372,7 +376,7 @@ async fn add_cards(promise: Promise) -> Result<Vec<(Interface, OwnedFd)>, Networ
         let pod = present(&links, name).await?;
         let tap = tap_name(number);
         let interface = card::read(&links, &pod, &tap).await?;
-        let descriptor = add_tap(&links, &pod, &tap, pod.mtu).await?;
+        let descriptor = add_tap(&links, &pod, &tap, pod.mtu, queues).await?;
         cards.push((interface, descriptor));
     }
     let missing: Vec<String> = promise
@@ -394,15 +398,21 @@ async fn add_cards(promise: Promise) -> Result<Vec<(Interface, OwnedFd)>, Networ
 }
 
 /// Makes the tap of a link in this namespace, and the mirror between them.
-async fn add_tap(links: &Links, pod: &Link, name: &str, mtu: u32) -> Result<OwnedFd, NetworkError> {
-    let descriptor = tap::open(name)?;
+async fn add_tap(
+    links: &Links,
+    pod: &Link,
+    name: &str,
+    mtu: u32,
+    queues: usize,
+) -> Result<Tap, NetworkError> {
+    let opened = tap::open(name, queues)?;
     let tap = present(links, name).await?;
     links.set_mtu(&tap, mtu).await?;
     // The mirror before the pod's link, so that no frame reaches the namespace's own stack.
     links.up(&tap).await?;
     mirror::join(links, pod.index, tap.index).await?;
     links.up(pod).await?;
-    Ok(descriptor)
+    Ok(opened)
 }
 
 async fn present(links: &Links, name: &str) -> Result<Link, NetworkError> {
@@ -483,7 +493,7 @@ pub fn trial() -> Result<(), String> {
             };
             let network = Network::open(config, &directory, &directory).await?;
             let pod = cri::PodSandboxConfig::default();
-            network.set_up("trial", &pod).await?;
+            network.set_up("trial", &pod, 1).await?;
             network.tear_down("trial").await
         });
         // Only our own few entries are in it.

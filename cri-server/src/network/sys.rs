@@ -17,6 +17,7 @@ const TUNSETVNETHDRSZ: ioctl::Opcode = ioctl::opcode::write::<i32>(b'T', 216);
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
+const IFF_MULTI_QUEUE: u16 = 0x0100;
 
 /// `struct ifreq` as `TUNSETIFF` reads and writes it: name, flags, and the rest of the union.
 #[repr(C)]
@@ -28,11 +29,13 @@ struct InterfaceRequest {
 
 /// Makes the open /dev/net/tun `file` the tap `name` (at most 15 bytes; the rest is cut) of the
 /// namespace it was opened in, with frames as virtio 1.2 §5.1.6 has them: no packet information,
-/// a virtio header before each.
-pub fn make_tap(file: impl AsFd, name: &str) -> Result<(), Errno> {
+/// a virtio header before each. With `several` the tap may have several queues, and if it is there
+/// already, `file` becomes one more of them.
+pub fn make_tap(file: impl AsFd, name: &str, several: bool) -> Result<(), Errno> {
+    let several = if several { IFF_MULTI_QUEUE } else { 0 };
     let mut request = InterfaceRequest {
         name: [0; 16],
-        flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR,
+        flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | several,
         rest: [0; 22],
     };
     for (place, byte) in request.name.iter_mut().take(15).zip(name.bytes()) {

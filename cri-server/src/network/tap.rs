@@ -10,9 +10,18 @@ use super::sys;
 /// `struct virtio_net_hdr_v1` with `num_buffers`, virtio 1.2 §5.1.6.
 const HEADER_BYTES: i32 = 12;
 
-/// Makes the tap `name` in the calling thread's network namespace. The tap lives as long as the
-/// descriptor or a copy of it.
-pub fn open(name: &str) -> Result<OwnedFd, NetworkError> {
+/// The queues of a tap. The tap lives as long as one of them or a copy.
+pub type Tap = Vec<OwnedFd>;
+
+/// Makes the tap `name` in the calling thread's network namespace, with so many queues, of which
+/// there is one at least.
+pub fn open(name: &str, queues: usize) -> Result<Tap, NetworkError> {
+    // The kernel makes a tap for several queues ready for 256 of them, which is not for nothing.
+    let several = queues > 1;
+    (0..queues.max(1)).map(|_| queue(name, several)).collect()
+}
+
+fn queue(name: &str, several: bool) -> Result<OwnedFd, NetworkError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -22,7 +31,7 @@ pub fn open(name: &str) -> Result<OwnedFd, NetworkError> {
             step: "open /dev/net/tun for",
             source,
         })?;
-    sys::make_tap(&file, name).map_err(|errno| NetworkError::Tap {
+    sys::make_tap(&file, name, several).map_err(|errno| NetworkError::Tap {
         step: "make",
         source: errno.into(),
     })?;

@@ -64,11 +64,11 @@ impl Server {
         sandbox: &str,
         config: &cri::PodSandboxConfig,
     ) -> Result<Pod, NetworkError> {
-        let (network, mut taps) = self.network.set_up(sandbox, config).await?;
+        let (network, mut taps) = self.network.set_up(sandbox, config, 1).await?;
         assert_eq!(taps.len(), 1);
         Ok(Pod {
             interface: network.interfaces[0].clone(),
-            tap: File::from(taps.remove(0)),
+            tap: File::from(taps.remove(0).remove(0)),
         })
     }
 }
@@ -401,7 +401,7 @@ fn a_configured_pool_that_the_host_uses_is_refused_by_name() {
         )
         .await;
         let refusal = network
-            .set_up("b", &Default::default())
+            .set_up("b", &Default::default(), 1)
             .await
             .unwrap_err()
             .to_string();
@@ -419,7 +419,7 @@ fn sandbox_ids_that_are_paths_are_refused() {
         for id in ["", "..", "a/b", "a\0b", &"x".repeat(129)] {
             let refusal = server
                 .network
-                .set_up(id, &Default::default())
+                .set_up(id, &Default::default(), 1)
                 .await
                 .unwrap_err();
             assert!(matches!(refusal, NetworkError::SandboxId(_)), "{id}");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_agent_api::v1;
 use bulkhead_cri_api::v1 as cri;
-use bulkhead_vmm_api::{Control, Launch, OpenDevice};
+use bulkhead_vmm_api::{Control, Launch, MAX_QUEUE_PAIRS, OpenDevice};
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
@@ -22,7 +22,7 @@ use crate::cgroup::PodCgroup;
 use crate::container::users;
 use crate::deadline::Deadline;
 use crate::guest::{Guest, GuestError};
-use crate::network::PodNetwork;
+use crate::network::{PodNetwork, Tap};
 use crate::vm::{self, Ended, Vm, tail};
 
 /// Every VM has a vsock device of its own, so they may all have the same address.
@@ -83,8 +83,11 @@ impl Ground<'_> {
         blocking(move || make_directory(&run)).await?;
 
         self.before(Step::Network).await?;
+        // One for each vCPU, so that none waits for another to send.
+        let queues = usize::from(size.vcpus).min(MAX_QUEUE_PAIRS);
+        let config = &self.record.config;
         let joining = Instant::now();
-        let (network, taps) = self.host.network.set_up(&id, &self.record.config).await?;
+        let (network, taps) = self.host.network.set_up(&id, config, queues).await?;
         let network_us = joining.elapsed().as_micros();
 
         self.before(Step::Cgroup).await?;
@@ -158,7 +161,7 @@ impl Ground<'_> {
         &self,
         size: Size,
         network: &PodNetwork,
-        taps: Vec<OwnedFd>,
+        taps: Vec<Tap>,
         scratch: OwnedFd,
         cgroup: PodCgroup,
     ) -> Result<Launch, SandboxError> {

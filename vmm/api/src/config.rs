@@ -11,6 +11,9 @@ pub const WINDOWS: u8 = 24;
 /// The most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = 64;
 
+/// The most pairs of queues of a network interface.
+pub const MAX_QUEUE_PAIRS: usize = 8;
+
 /// An open descriptor: in a [`VmConfig`] the number under which the VMM inherits it, in a control
 /// request the index among the descriptors that came with the packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -96,6 +99,10 @@ pub struct Net {
     /// A tap with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, vnet header size 12, attached to its
     /// interface.
     pub tap: Fd,
+    /// Further queues of the same tap, which then has `IFF_MULTI_QUEUE`, all attached: the guest
+    /// may use as many pairs of queues as there are taps, at most [`MAX_QUEUE_PAIRS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_taps: Vec<Fd>,
     /// The guest's hardware address, unicast.
     pub mac: [u8; 6],
     /// Largest frame payload in bytes, 68 to 65535.
@@ -186,6 +193,13 @@ impl Device {
         match self {
             Self::Block(block) => block.validate(id),
             Self::Net(net) => {
+                check(
+                    id,
+                    "queues",
+                    net.more_taps.len() + 1,
+                    net.more_taps.len() < MAX_QUEUE_PAIRS,
+                    "1 to 8",
+                )?;
                 check(id, "mtu", net.mtu, net.mtu >= 68, "68 to 65535")?;
                 let mac = net.mac;
                 check(

@@ -46,15 +46,16 @@ impl OpenDevice {
         Self { device, files }
     }
 
-    /// A network interface on `tap`; see [`Net`].
-    pub fn net(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Self {
+    /// A network interface on the queues of a tap, of which there is one at least; see [`Net`].
+    pub fn net(taps: Vec<OwnedFd>, mac: [u8; 6], mtu: u16) -> Self {
         Self {
             device: Device::Net(Net {
                 tap: Fd(0),
+                more_taps: (1..).zip(taps.iter().skip(1)).map(|(i, _)| Fd(i)).collect(),
                 mac,
                 mtu,
             }),
-            files: vec![tap],
+            files: taps,
         }
     }
 
@@ -78,7 +79,10 @@ impl OpenDevice {
                     .iter_mut()
                     .for_each(|extent| extent.file.0 += first);
             }
-            Device::Net(net) => net.tap.0 += first,
+            Device::Net(net) => {
+                net.tap.0 += first;
+                net.more_taps.iter_mut().for_each(|tap| tap.0 += first);
+            }
         }
         device
     }

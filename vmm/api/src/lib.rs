@@ -19,7 +19,8 @@ pub mod wire;
 
 pub use client::Control;
 pub use config::{
-    Block, CONFIG_FD, ConfigError, Device, Extent, Fd, MAX_VCPUS, Net, VERSION, VmConfig, WINDOWS,
+    Block, CONFIG_FD, ConfigError, Device, Extent, Fd, MAX_QUEUE_PAIRS, MAX_VCPUS, Net, VERSION,
+    VmConfig, WINDOWS,
 };
 pub use counters::{FlowCounters, InterfaceCounters};
 pub use exit::{CONSOLE_TAIL_BYTES, ExitReason, ExitRecord};

@@ -154,8 +154,11 @@ pub fn device(
             ))))
         }
         Description::Net(net) => {
-            let tap = files.take(net.tap, "tap of a network interface")?;
-            let net = Net::new(tap, net.mac, net.mtu)
+            let taps = std::iter::once(net.tap).chain(net.more_taps.iter().copied());
+            let taps: Result<_, FilesError> = taps
+                .map(|tap| files.take(tap, "tap of a network interface"))
+                .collect();
+            let net = Net::new(taps?, net.mac, net.mtu)
                 .map_err(|error| AssembleError::Device("network interface", error))?;
             Ok(Box::new(net))
         }

@@ -116,7 +116,7 @@ fn the_prefix_stays_the_servers_own() {
 fn a_host_that_lives_by_advertisements_goes_on_to() {
     on_new_host(|| async {
         let links = Links::open().unwrap();
-        let tap = tap::open("uplink").unwrap();
+        let tap = tap::open("uplink", 1).unwrap().remove(0);
         let uplink = links.find("uplink").await.unwrap().unwrap();
         links.up(&uplink).await.unwrap();
         let mut wire = Pod {

@@ -5,6 +5,7 @@
 //! them last. The device opens nothing: the tap arrives as an open descriptor.
 
 mod buffers;
+mod control;
 mod counters;
 mod device;
 mod sys;

@@ -91,6 +91,23 @@ pub fn set_offload(tap: BorrowedFd<'_>, offload: Offload) -> io::Result<()> {
     }
 }
 
+/// Attaches a queue of a tap with several, so that frames come and go there, or detaches it.
+pub fn attach(tap: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
+    // SAFETY: `struct ifreq` is plain data, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = match attached {
+        true => libc::IFF_ATTACH_QUEUE,
+        false => libc::IFF_DETACH_QUEUE,
+    };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: TUNSETQUEUE reads a `struct ifreq` at the address, which is that of one.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Bytes of the header before each frame of a tap.
 pub fn header_bytes(tap: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     let mut bytes: libc::c_int = 0;

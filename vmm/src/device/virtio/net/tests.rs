@@ -28,6 +28,13 @@ const SEND_BYTES: u64 = 0x1_1000;
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
+/// How many hostile guests to try: so many times more with BULKHEAD_TEST_FACTOR.
+fn cases() -> u32 {
+    let factor = std::env::var("BULKHEAD_TEST_FACTOR").ok();
+    let factor: Option<u32> = factor.and_then(|factor| factor.parse().ok());
+    factor.unwrap_or(1).saturating_mul(64)
+}
+
 /// A guest with a network interface.
 struct Guest {
     memory: Memory,
@@ -69,7 +76,7 @@ impl Guest {
     /// The same, with the other end of its wire.
     fn wired(features: u64, buffers: u64, buffer_bytes: usize) -> (Self, OwnedFd) {
         let (wire, tap) = wire();
-        let device = Box::new(Net::new(tap, MAC, MTU).unwrap());
+        let device = Box::new(Net::new(vec![tap], MAC, MTU).unwrap());
         (Self::boot(device, features, buffers, buffer_bytes), wire)
     }
 
@@ -159,7 +166,7 @@ fn numbered(mut frame: Vec<u8>, buffers: u8) -> Vec<u8> {
 
 #[test]
 fn the_configuration_tells_address_and_mtu() {
-    let device = Net::new(wire().1, MAC, 9000).unwrap();
+    let device = Net::new(vec![wire().1], MAC, 9000).unwrap();
     assert_eq!(device.kind(), 1);
     assert_ne!(device.features() & 1 << VIRTIO_NET_F_MTU, 0);
     assert_eq!(device.config()[..6], MAC);
@@ -237,7 +244,7 @@ fn a_segmented_frame_needs_buffers_for_the_largest() {
 #[test]
 fn frames_notifications_and_interrupts_are_counted() {
     let (wire, tap) = wire();
-    let device = Box::new(Net::new(tap, MAC, MTU).unwrap());
+    let device = Box::new(Net::new(vec![tap], MAC, MTU).unwrap());
     let counters = device.counters().unwrap();
     let mut guest = Guest::boot(device, EVENT_IDX, 8, 2048);
     for seed in 0..3 {
@@ -306,7 +313,7 @@ fn a_frame_that_cannot_be_read_does_not_hold_up_those_behind_it() {
     let wire = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = wire.local_addr().unwrap();
     tap.connect(address).unwrap();
-    let device = Box::new(Net::new(tap.try_clone().unwrap().into(), MAC, MTU).unwrap());
+    let device = Box::new(Net::new(vec![tap.try_clone().unwrap().into()], MAC, MTU).unwrap());
     let mut guest = Guest::boot(device, EVENT_IDX, 0, 2048);
     // While the guest has no buffers, the refusal of a datagram becomes an error for the next to
     // read, and frames queue up behind it.
@@ -412,7 +419,7 @@ fn a_malformed_queue_stops_the_device_and_not_the_process() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     /// Whatever descriptors the guest writes, the process stays, and a reset cures the device.
     #[test]

@@ -8,12 +8,13 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::{Buffers, collect};
+use super::control::Control;
 use super::counters::{Flow, Turn};
 use super::device::{Net, has};
 use super::{ETHERNET_BYTES, HEADER_BYTES, SEGMENTED_BYTES, sys};
 use crate::device::virtio::ring::{Ring, RingError};
 use crate::device::virtio::thread::Poll;
-use crate::device::virtio::{Active, ActiveQueue, Interrupt, Memory};
+use crate::device::virtio::{ActiveQueue, Interrupt, Memory};
 use crate::journal;
 
 /// Frames moved in one direction before the other has its turn.
@@ -26,6 +27,7 @@ const LARGEST_FRAME: usize = HEADER_BYTES + ETHERNET_BYTES + SEGMENTED_BYTES;
 const KICK_RECEIVE: u64 = 0;
 const KICK_TRANSMIT: u64 = 1;
 const TAP: u64 = 2;
+const KICK_CONTROL: u64 = 3;
 
 /// Why the device gave up. Until the guest resets it, it does nothing.
 #[derive(Debug, thiserror::Error)]
@@ -38,13 +40,29 @@ pub(super) enum Fault {
     Poll(io::Error),
 }
 
-/// A running device.
+/// What a worker takes over: a pair of queues.
+pub(super) struct Part {
+    /// Which pair, from 0.
+    pub pair: usize,
+    pub receive: ActiveQueue,
+    pub transmit: ActiveQueue,
+    /// The control queue, and how many pairs the guest may ask for there.
+    pub control: Option<(ActiveQueue, usize)>,
+    pub memory: Memory,
+    pub interrupt: Interrupt,
+    /// What was negotiated.
+    pub features: u64,
+}
+
+/// A running device, or what serves one pair of its queues.
 pub(super) struct Worker {
     device: Box<Net>,
+    pair: usize,
     memory: Memory,
     interrupt: Interrupt,
     receive: Ring,
     transmit: Ring,
+    control: Option<Control>,
     poll: Poll,
     /// Bytes that receive buffers must have together before a frame is read, if frames may be
     /// spread over several. Otherwise one chain is one frame.
@@ -57,28 +75,38 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Takes over the queues.
-    pub fn new(device: Box<Net>, active: Active, poll: Poll) -> Result<Self, Fault> {
-        let count = active.queues.len();
-        let [receive, transmit]: [ActiveQueue; 2] =
-            active.queues.try_into().map_err(|_| Fault::Queues(count))?;
-        let receive = Ring::new("receive", receive, &active.memory, active.features)?;
-        let transmit = Ring::new("transmit", transmit, &active.memory, active.features)?;
+    pub fn new(device: Box<Net>, part: Part, poll: Poll) -> Result<Self, Fault> {
+        let (memory, features) = (&part.memory, part.features);
+        let receive = Ring::new("receive", part.receive, memory, features)?;
+        let transmit = Ring::new("transmit", part.transmit, memory, features)?;
+        let control = part
+            .control
+            .map(|(queue, pairs)| Control::new(queue, memory, features, pairs))
+            .transpose()?;
+        let tap = device.tap(part.pair).as_raw_fd();
         let both = EventSet::IN | EventSet::OUT;
-        for (token, fd, events) in [
+        let mut watched = vec![
             (KICK_RECEIVE, receive.kick(), EventSet::IN),
             (KICK_TRANSMIT, transmit.kick(), EventSet::IN),
-            (TAP, device.tap().as_raw_fd(), both),
-        ] {
+            (TAP, tap, both),
+        ];
+        watched.extend(
+            control
+                .as_ref()
+                .map(|control| (KICK_CONTROL, control.kick(), EventSet::IN)),
+        );
+        for (token, fd, events) in watched {
             poll.watch(fd, events, token).map_err(Fault::Poll)?;
         }
-        let spread = has(active.features, VIRTIO_NET_F_MRG_RXBUF)
-            .then(|| device.largest_frame(active.features));
+        let spread = has(features, VIRTIO_NET_F_MRG_RXBUF).then(|| device.largest_frame(features));
         Ok(Self {
             device,
-            memory: active.memory,
-            interrupt: active.interrupt,
+            pair: part.pair,
+            memory: part.memory,
+            interrupt: part.interrupt,
             receive,
             transmit,
+            control,
             poll,
             spread,
             readable: true,
@@ -102,12 +130,16 @@ impl Worker {
     fn serve(&mut self, memory: &GuestMemoryMmap) -> Result<(), Fault> {
         let mut buffers = Buffers::default();
         loop {
-            let busy = self.transmit(memory)? | self.receive(memory, &mut buffers)?;
+            let mut busy = self.transmit(memory)? | self.receive(memory, &mut buffers)?;
+            if let Some(control) = &mut self.control {
+                busy |= control.serve(&self.device, memory, &self.interrupt)?;
+            }
             for wake in self.poll.wait(busy, None).map_err(Fault::Poll)? {
                 match wake.token {
                     _ if wake.stop => return Ok(()),
                     KICK_RECEIVE => kicked(&mut self.receive, &self.device.counters.received),
                     KICK_TRANSMIT => kicked(&mut self.transmit, &self.device.counters.sent),
+                    KICK_CONTROL => self.control.iter_mut().for_each(Control::kicked),
                     _ => {
                         let failed = EventSet::ERROR | EventSet::HANG_UP;
                         self.readable |= wake.events.intersects(EventSet::IN | failed);
@@ -134,7 +166,7 @@ impl Worker {
             pieces.clear();
             let bytes = collect(ring, memory, chain, false, &mut pieces)?;
             if (SMALLEST_FRAME..=LARGEST_FRAME).contains(&bytes) {
-                match sys::write(self.device.tap(), &pieces) {
+                match sys::write(self.device.tap(self.pair), &pieces) {
                     Ok(_) => turn.moved(bytes),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                         ring.give_back();
@@ -175,7 +207,7 @@ impl Worker {
                 break;
             }
             let mut rest = [0];
-            match sys::read(self.device.tap(), buffers.pieces(), &mut rest) {
+            match sys::read(self.device.tap(self.pair), buffers.pieces(), &mut rest) {
                 // Nothing carries frames without bytes: the other end is gone.
                 Ok(0) => self.readable = false,
                 Ok(count) if count > buffers.bytes() || count < SMALLEST_FRAME => {
