@@ -14,6 +14,7 @@ pub mod fake_registry;
 #[cfg(test)]
 mod fields;
 pub mod http;
+pub mod hypervisor;
 pub mod leak;
 pub mod log;
 pub mod node;
@@ -22,6 +23,7 @@ pub mod request;
 pub mod server;
 mod stall;
 pub mod suite;
+mod sys;
 pub mod usage;
 
 pub use cri::Cri;

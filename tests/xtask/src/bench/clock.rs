@@ -79,6 +79,8 @@ impl Clocks {
             "start-clock",
             "--bin",
             "pod-clock",
+            "--bin",
+            "net-clock",
         ]))?;
         let directory = place::target().join("bench");
         fs::create_dir_all(&directory)?;
@@ -115,6 +117,20 @@ impl Clocks {
         ];
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
         self.run("pod-clock", &[], &files, environment.into(), time)
+    }
+
+    /// How frames pass: VMs alone, and pods of both servers.
+    pub fn network(&self, time: bed::Clock) -> Result<Figures> {
+        let (artefacts, images) = (text(&self.artefacts)?, text(&self.images)?);
+        let directory = text(&self.directory)?;
+        let own = &["/usr/bin/ip", directory, artefacts, images];
+        let files = [VM_FILES, POD_FILES, own].concat();
+        let environment = [
+            ("BULKHEAD_BIN_DIR", artefacts),
+            ("BULKHEAD_TEST_ASSETS", images),
+        ];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        self.run("net-clock", &[directory], &files, environment.into(), time)
     }
 
     /// Runs a clock in the bed, everything it touches in memory.
@@ -171,11 +187,21 @@ fn guests(directory: &Path) -> Result<()> {
     let place = "-Wl,-Ttext=0x1000000,-n,--build-id=none,--no-warn-rwx-segments";
     gcc("first.s", "first", &["-nostdlib", place])?;
     gcc("ready.c", "init", &[])?;
+    gcc("net.c", "net", &[])?;
+    for (program, result) in [("init", "ready"), ("net", "net-init")] {
+        initramfs(directory, program, result)?;
+    }
+    Ok(())
+}
+
+/// Makes an initramfs whose init is `program`.
+fn initramfs(directory: &Path, program: &str, result: &str) -> Result<()> {
     let mut initramfs = Archive::new();
     initramfs.directory("dev", 0o755);
     initramfs.character_device("dev/console", 0o600, 5, 1);
-    initramfs.file("init", 0o755, &fs::read(directory.join("init"))?);
-    fs::write(directory.join("ready"), initramfs.finish())?;
+    initramfs.directory("proc", 0o755);
+    initramfs.file("init", 0o755, &fs::read(directory.join(program))?);
+    fs::write(directory.join(result), initramfs.finish())?;
     Ok(())
 }
 

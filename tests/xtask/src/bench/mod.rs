@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures, as tables. Nothing here fails because something is slow.
 
 mod clock;
+mod network;
 mod table;
 
 use std::fs;
@@ -33,6 +34,9 @@ enum Subject {
     },
     /// How a pod that runs takes a second container and commands, beside containerd and runc
     Exec,
+    /// How frames pass between pods and the host, beside containerd and runc; how a VM answers on a
+    /// tap, beside QEMU's microvm; and what the network takes of a pod's start
+    Network,
 }
 
 /// `cargo xtask bench`.
@@ -40,6 +44,7 @@ pub fn command(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.subject {
         Subject::Start { kernel } => start(kernel.as_deref()),
         Subject::Exec => exec(),
+        Subject::Network => network::print(&Clocks::prepare(None)?),
     }
 }
 
