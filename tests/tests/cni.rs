@@ -586,7 +586,7 @@ fn network_may_change_while_pods_start(node: &Node) -> Result<()> {
                     let fresh = file.with_extension("new");
                     fs::write(&fresh, text)?;
                     fs::rename(&fresh, &file)?;
-                    std::thread::sleep(std::time::Duration::from_millis(5));
+                    std::thread::sleep(std::time::Duration::from_millis(50));
                 }
             }
             Ok(())
