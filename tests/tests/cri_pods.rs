@@ -29,6 +29,7 @@ suite! {
     pid_namespace_is_the_containers_own,
     pid_namespace_is_shared_when_asked_for,
     host_namespaces_are_refused_by_name,
+    verbose_answers_are_json,
     calls_that_are_not_there_answer_unimplemented,
 }
 
@@ -449,6 +450,29 @@ fn host_namespaces_are_refused_by_name(node: &Node) -> Result<()> {
         );
         let message = refused(node.cri()?.run_pod(&config), &[Code::InvalidArgument])?;
         ensure!(message.to_lowercase().contains(name), "{name}: {message}");
+    }
+    Ok(())
+}
+
+/// Clients put each value into a document of theirs as it is.
+fn verbose_answers_are_json(node: &Node) -> Result<()> {
+    let pod = node.pod("verbose")?;
+    let id = pod.start(&sleeper("verbose", &node.base()?))?;
+    let of_pod = pod.cri.pod_sandbox_status(PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: true,
+    })?;
+    let of_container = pod.cri.container_status(ContainerStatusRequest {
+        container_id: id,
+        verbose: true,
+    })?;
+    let of_server = pod.cri.status(StatusRequest { verbose: true })?;
+    for info in [of_pod.info, of_container.info, of_server.info] {
+        ensure!(!info.is_empty(), "no details");
+        for (key, value) in info {
+            let read = serde_json::from_str::<serde_json::Value>(&value);
+            read.with_context(|| format!("{key}: {value}"))?;
+        }
     }
     Ok(())
 }

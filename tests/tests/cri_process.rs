@@ -195,7 +195,7 @@ fn unknown_user_is_refused_by_name(node: &Node) -> Result<()> {
         )?,
         Err(status) => status.message().to_owned(),
     };
-    ensure!(error.contains("user"), "{error}");
+    ensure!(error.contains("nosuchuser"), "{error}");
     Ok(())
 }
 

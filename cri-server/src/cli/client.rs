@@ -119,6 +119,7 @@ impl Client {
         let answer = self.runtime.clone().pod_sandbox_status(request).await;
         let answer = answer.map_err(|status| Failure::call("show the console", &status))?;
         let console = answer.into_inner().info.remove("console");
+        let console = console.and_then(|text| serde_json::from_str::<String>(&text).ok());
         let console = console.ok_or_else(|| {
             let words = "the server no longer has the console of a pod that was stopped";
             Failure::own(format!("cannot show the console: {words}"))

@@ -42,8 +42,16 @@ pub async fn logs(client: &Client, id: &str, follow: bool) -> Result<u8, Failure
             }
             _ = look.tick() => {
                 // Its log is whole before its end is told.
-                let status = client.container(&status.id).await?;
-                status.state() == ContainerState::ContainerExited
+                match client.container(&status.id).await {
+                    Ok(status) => status.state() == ContainerState::ContainerExited,
+                    // Removed at its end, perhaps: what it wrote last is shown all the same.
+                    Err(failure) => {
+                        return match log.show() {
+                            Err(end) => end,
+                            Ok(()) => Err(failure),
+                        };
+                    }
+                }
             }
         };
         if let Err(end) = log.show() {

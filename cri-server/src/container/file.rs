@@ -130,6 +130,16 @@ pub fn read(file: &HostFile) -> Result<(File, Option<Copied>), FileError> {
     Ok((file, copied))
 }
 
+/// Those of `copies`, one for each of `files`, that no later file covers at its path: what is
+/// written there belongs to the last one.
+pub fn seen(files: &[File], copies: Vec<Option<Copied>>) -> Vec<Copied> {
+    let covered = |at: usize, path: &str| files.iter().skip(at + 1).any(|file| file.path == path);
+    let copies = copies.into_iter().enumerate();
+    copies
+        .filter_map(|(at, copied)| copied.filter(|copied| !covered(at, &copied.container_path)))
+        .collect()
+}
+
 /// Writes what a container has made of a file into the host's, in place, as if it had been mounted.
 /// Only into the very file that was copied, and only if nobody has written it since. Blocks.
 pub fn write_back(copied: &Copied, content: &[u8]) -> Result<(), FileError> {
@@ -234,6 +244,24 @@ mod tests {
         let socket = directory.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         refuse(&socket, "socket");
+    }
+
+    #[test]
+    fn a_file_that_is_covered_does_not_get_what_was_written_to_the_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let mounted = ["a", "b"].map(|name| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, name).unwrap();
+            HostFile {
+                read_only: false,
+                ..host_file(&path)
+            }
+        });
+        let (files, copies): (Vec<_>, Vec<_>) =
+            mounted.iter().map(|file| read(file).unwrap()).unzip();
+        let seen = seen(&files, copies);
+        assert_eq!(seen.len(), 1);
+        assert_eq!(seen[0].host_path, mounted[1].host_path);
     }
 
     #[test]

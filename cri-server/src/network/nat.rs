@@ -22,7 +22,7 @@ const PLACES: [&str; 4] = [
     "/usr/local/sbin/nft",
     "/usr/bin/nft",
 ];
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// The `nft` program, if this host has it.
 pub fn program() -> Option<PathBuf> {

@@ -147,13 +147,14 @@ impl Owner {
             Ok(read?)
         };
         let (mut files, copies): (Vec<_>, Vec<_>) = blocking(read).await?.into_iter().unzip();
+        let copies = file::seen(&files, copies);
         let identity = file::identity(
             &files,
             &self.record.hostname,
             &self.record.state.addresses(),
         );
         files.extend(identity);
-        Ok((files, copies.into_iter().flatten().collect()))
+        Ok((files, copies))
     }
 
     /// Makes sure that the image's disk is in the VM; returns the disk's serial.

@@ -199,7 +199,9 @@ impl RuntimeService for Runtime {
             let interfaces = pod.interfaces().await;
             response.info = translate::pod_info(&view, cni, pod.usage().await, &interfaces);
             let console = pod.console(self.sandboxes.host()).await;
-            let console = console.map(|text| ("console".to_owned(), text));
+            // Each value is JSON: clients put it into a document as it is.
+            let console = console.map(serde_json::Value::String);
+            let console = console.map(|text| ("console".to_owned(), text.to_string()));
             response.info.extend(console);
         }
         Ok(Response::new(response))

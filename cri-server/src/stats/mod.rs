@@ -66,6 +66,7 @@ impl Stats {
         if !matches!(container.state, ContainerState::Running { .. }) {
             return Ok(message::absent(container));
         }
+        self.rates.keep(&self.sandboxes);
         let figures = look(self.sandboxes.host(), pod).await?;
         let found = figures.running().find(|(running, _)| running.id == id);
         Ok(match found {
@@ -96,6 +97,7 @@ impl Stats {
 
     /// One pod's figures.
     pub async fn pod(&self, pod: &Pod) -> Result<cri::PodSandboxStats, SandboxError> {
+        self.rates.keep(&self.sandboxes);
         let figures = look(self.sandboxes.host(), pod).await?;
         Ok(message::pod(&figures, &self.rates))
     }

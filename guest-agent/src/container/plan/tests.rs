@@ -123,3 +123,16 @@ fn values_without_sense_are_named() {
         }
     }
 }
+
+#[test]
+fn arguments_and_environment_have_room_for_a_mebibyte_together() {
+    let with = |bytes: usize| {
+        let mut spec = usual();
+        spec["process"]["args"] = json!(["a"]);
+        spec["process"]["env"] = json!(["x".repeat(bytes)]);
+        planned(&spec)
+    };
+    assert!(with((1 << 20) - 1).is_ok());
+    let refusal = with(1 << 20).unwrap_err().to_string();
+    assert!(refusal.contains("1 MiB"), "{refusal}");
+}
