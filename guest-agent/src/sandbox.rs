@@ -422,7 +422,7 @@ fn set_out(
             path: "/etc/resolv.conf".into(),
             content: resolv_conf.into(),
             mode: 0o644,
-            read_only: false,
+            ..File::default()
         });
     }
     let directories = vec![scratch.clone(), home.clone()];

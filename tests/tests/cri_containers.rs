@@ -26,6 +26,7 @@ suite! {
     unknown_container_may_be_stopped,
     unknown_image_is_refused_by_name,
     containers_run_side_by_side,
+    host_files_are_read_by_their_group,
     what_a_container_writes_to_host_files_comes_back,
 }
 
@@ -325,6 +326,34 @@ fn containers_run_side_by_side(node: &Node) -> Result<()> {
             cri.wait(id)?.exit_code == wanted,
             "exit code of container {wanted}"
         );
+    }
+    Ok(())
+}
+
+fn host_files_are_read_by_their_group(node: &Node) -> Result<()> {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let pod = node.pod("secret")?;
+    let path = node.scratch().join("password");
+    fs::write(&path, "of the host\n")?;
+    chown(&path, Some(0), Some(2000))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o440))?;
+    for (name, groups, wanted) in [
+        ("member", vec![2000], "of the host\n"),
+        ("other", vec![], ""),
+    ] {
+        let mut config = shell(name, &node.base()?, "cat /in/password");
+        security(&mut config).run_as_user = number(1000);
+        security(&mut config).supplemental_groups = groups;
+        config.mounts = vec![Mount {
+            host_path: path.display().to_string(),
+            container_path: "/in/password".to_owned(),
+            readonly: true,
+            ..Mount::default()
+        }];
+        let ended = pod.run_to_end(&config)?;
+        ensure!(ended.stdout() == wanted, "{name}: {}", ended.stdout());
+        let denied = ended.stderr().contains("denied");
+        ensure!(denied == wanted.is_empty(), "{name}: {}", ended.stderr());
     }
     Ok(())
 }

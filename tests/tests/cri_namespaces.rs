@@ -73,7 +73,8 @@ fn host_files_are_copied_with_their_modes(node: &Node) -> Result<()> {
         host_file(node, "frozen", text)?,
     );
     fs::set_permissions(&plain, fs::Permissions::from_mode(0o640))?;
-    let line = "cat /etc/plain /made/deep/frozen; stat -c %a /etc/plain; \
+    std::os::unix::fs::chown(&plain, Some(1234), Some(2000))?;
+    let line = "cat /etc/plain /made/deep/frozen; stat -c '%a %u:%g' /etc/plain; \
                 echo x >> /etc/plain && echo written; \
                 echo x >> /made/deep/frozen || echo refused";
     let mut config = shell("copies", &node.base()?, line);
@@ -88,7 +89,7 @@ fn host_files_are_copied_with_their_modes(node: &Node) -> Result<()> {
         },
     ];
     let ended = pod.run_to_end(&config)?;
-    let wanted = "of the host\nof the host\n640\nwritten\nrefused\n";
+    let wanted = "of the host\nof the host\n640 1234:2000\nwritten\nrefused\n";
     ensure!(
         ended.stdout() == wanted,
         "{} {}",

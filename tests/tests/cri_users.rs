@@ -1,5 +1,6 @@
 //! Pods with a user namespace (CRI `userns_options`): root in their containers is nobody in the guest.
 
+use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
@@ -15,6 +16,7 @@ suite! {
     ids_may_come_from_several_ranges,
     pid_namespace_of_a_target_is_joined,
     files_belong_to_the_containers_root,
+    host_files_belong_to_whom_their_mounts_map,
     root_of_a_container_is_not_the_guests,
     capabilities_hold_for_the_pods_own_namespaces,
     containers_share_the_pods_namespaces,
@@ -190,6 +192,52 @@ fn files_belong_to_the_containers_root(node: &Node) -> Result<()> {
                   tmp 0 0 1777\nmade 0 0 644\nnew 1000 50 755\ndev 0 0 755\n\
                   dev/shm/made 0 0 644\netc/hosts 0 0 644\n/work/here 0 0 755\n";
     ensure!(output == wanted, "{output}");
+    Ok(())
+}
+
+fn host_files_belong_to_whom_their_mounts_map(node: &Node) -> Result<()> {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let pod = pod(node, "mounts")?;
+    let users = users(NamespaceMode::Pod, FIRST, LENGTH);
+    let mount = |name: &str, owner: (u32, u32), mapped: bool| -> Result<Mount> {
+        let path = node.scratch().join(format!("mounted-{name}"));
+        fs::write(&path, "of the host\n")?;
+        chown(&path, Some(owner.0), Some(owner.1))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        let ids = |ids: &[IdMapping]| match mapped {
+            true => ids.to_vec(),
+            false => Vec::new(),
+        };
+        Ok(Mount {
+            host_path: path.display().to_string(),
+            container_path: format!("/in/{name}"),
+            uid_mappings: ids(&users.uids),
+            gid_mappings: ids(&users.gids),
+            ..Mount::default()
+        })
+    };
+    // The last one belongs to the container's root without any mapping of the mount.
+    let line = "cd /in; stat -c '%n %u:%g' mapped roots beyond plain own; \
+                for f in mapped roots beyond plain own; do \
+                  echo x > $f && echo wrote $f; done 2> /dev/null";
+    let mut config = shell("mounts", &node.base()?, line);
+    config.mounts = vec![
+        mount("mapped", (1000, 2000), true)?,
+        mount("roots", (0, 0), true)?,
+        mount("beyond", (LENGTH, LENGTH), true)?,
+        mount("plain", (0, 0), false)?,
+        mount("own", (FIRST, FIRST + 50), false)?,
+    ];
+    let output = said(&pod, config.clone())?;
+    let wanted = "mapped 1000:2000\nroots 0:0\nbeyond 65534:65534\nplain 65534:65534\n\
+                  own 0:50\nwrote mapped\nwrote roots\nwrote own\n";
+    ensure!(output == wanted, "{output}");
+    for mount in &config.mounts {
+        let name = mount.container_path.trim_start_matches("/in/");
+        let written = fs::read_to_string(&mount.host_path)? == "x\n";
+        let may = wanted.contains(&format!("wrote {name}\n"));
+        ensure!(written == may, "{name} on the host: {written}");
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use bulkhead_agent_api::v1::File;
 use serde::{Deserialize, Serialize};
 
 use super::mount::HostFile;
+use super::users;
 
 /// The largest file that is copied, in bytes (Kubernetes' bound for a Secret or ConfigMap).
 const LARGEST: u64 = 1 << 20;
@@ -125,6 +126,8 @@ pub fn read(file: &HostFile) -> Result<(File, Option<Copied>), FileError> {
         content,
         mode: metadata.mode() & 0o777,
         read_only: file.read_only,
+        uid: Some(users::outside(&file.ids.0, metadata.uid())),
+        gid: Some(users::outside(&file.ids.1, metadata.gid())),
     };
     let copied = (!file.read_only).then_some(copied);
     Ok((file, copied))
@@ -199,7 +202,7 @@ pub fn identity(present: &[File], hostname: &str, addresses: &[String]) -> Vec<F
             path: path.to_owned(),
             content: content.into_bytes(),
             mode: 0o644,
-            read_only: false,
+            ..File::default()
         })
         .collect()
 }
@@ -213,11 +216,12 @@ mod tests {
             host_path: path.to_string_lossy().into_owned(),
             container_path: "/in".into(),
             read_only: true,
+            ids: Default::default(),
         }
     }
 
     #[test]
-    fn a_small_file_is_read_with_its_mode() {
+    fn a_small_file_is_read_with_its_mode_and_owners() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("hosts");
         std::fs::write(&path, "127.0.0.1 me\n").unwrap();
@@ -226,6 +230,19 @@ mod tests {
         assert_eq!(file.content, b"127.0.0.1 me\n");
         assert_eq!(file.path, "/in");
         assert!(file.read_only);
+        let owner = std::fs::metadata(&path).unwrap();
+        assert_eq!((file.uid, file.gid), (Some(owner.uid()), Some(owner.gid())));
+        let range = |container_id| bulkhead_cri_api::v1::IdMapping {
+            host_id: 70_000,
+            container_id,
+            length: 1,
+        };
+        let mapped = HostFile {
+            ids: (vec![range(owner.uid())], vec![range(owner.gid() + 1)]),
+            ..host_file(&path)
+        };
+        let (file, _) = read(&mapped).unwrap();
+        assert_eq!((file.uid, file.gid), (Some(70_000), Some(65_534)));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use bulkhead_cri_api::v1 as cri;
 use oci_spec::runtime::Mount;
 
 use super::spec::SpecError;
+use super::users::Ranges;
 
 /// A small file of the host that is copied into the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub struct HostFile {
     pub container_path: String,
     /// Whether the container may not write.
     pub read_only: bool,
+    /// The mount's id mappings of users and groups; without any the ids are the host's.
+    pub ids: Ranges,
 }
 
 /// The file systems every container has, before the mounts it asks for.
@@ -118,6 +121,7 @@ fn host_file(mount: &cri::Mount) -> Result<HostFile, SpecError> {
         host_path: mount.host_path.clone(),
         container_path: path.clone(),
         read_only: mount.readonly,
+        ids: (mount.uid_mappings.clone(), mount.gid_mappings.clone()),
     })
 }
 

@@ -5,6 +5,8 @@ use bulkhead_cri_api::v1 as cri;
 use super::spec::SpecError;
 
 const FIELD: &str = "namespace_options.userns_options";
+/// Whose what belongs to nobody known is.
+const NOBODY: u32 = 65_534;
 
 /// The ranges of user and group ids a pod asks for; none where its ids are the guest's.
 pub type Ranges = (Vec<cri::IdMapping>, Vec<cri::IdMapping>);
@@ -56,6 +58,20 @@ pub fn check_container(
     Ok(())
 }
 
+/// The id in the guest of what belongs to `id` on the host, seen through a mount with these mappings:
+/// nobody's where they have none, the same where there are no mappings.
+pub fn outside(ranges: &[cri::IdMapping], id: u32) -> u32 {
+    if ranges.is_empty() {
+        return id;
+    }
+    let mapped = ranges.iter().find_map(|range| {
+        let offset = id.checked_sub(range.container_id)?;
+        let outside = range.host_id.checked_add(offset)?;
+        (offset < range.length).then_some(outside)
+    });
+    mapped.unwrap_or(NOBODY)
+}
+
 fn invalid(reason: impl Into<String>) -> SpecError {
     SpecError::Invalid {
         field: FIELD,
@@ -104,6 +120,19 @@ mod tests {
             let refusal = ranges(mode, host).unwrap_err().to_string();
             assert!(refusal.contains("userns_options"), "{refusal}");
         }
+    }
+
+    #[test]
+    fn ids_of_the_host_are_those_the_mount_maps() {
+        assert_eq!(outside(&[], 5), 5);
+        let mut ranges = range(70_000);
+        ranges.extend([cri::IdMapping {
+            host_id: u32::MAX,
+            container_id: 80_000,
+            length: 9,
+        }]);
+        let ids = [0, 65_535, 65_536, 80_001].map(|id| outside(&ranges, id));
+        assert_eq!(ids, [70_000, 135_535, NOBODY, NOBODY]);
     }
 
     #[test]

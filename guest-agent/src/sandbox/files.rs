@@ -68,14 +68,11 @@ pub(super) fn write(
         let written =
             fs::write(&path, &file.content).and_then(|()| fs::set_permissions(&path, mode));
         step(&format!("write {}", file.path), written)?;
-        if let Some(mapping) = mapping {
-            let root = (Some(mapping.user(0)), Some(mapping.group(0)));
-            let given = std::os::unix::fs::chown(&path, root.0, root.1);
-            step(
-                &format!("give {} to the container's root", file.path),
-                given,
-            )?;
-        }
+        // Without a mapping the container's root is who makes the file.
+        let uid = file.uid.or(mapping.map(|mapping| mapping.user(0)));
+        let gid = file.gid.or(mapping.map(|mapping| mapping.group(0)));
+        let given = std::os::unix::fs::chown(&path, uid, gid);
+        step(&format!("give {} to its owners", file.path), given)?;
         if !file.read_only {
             copies.push(Copied {
                 target: file.path.clone(),
@@ -99,8 +96,7 @@ pub(super) fn changed(copies: &[Copied]) -> Vec<File> {
         files.push(File {
             path: copied.target.clone(),
             content,
-            mode: 0,
-            read_only: false,
+            ..File::default()
         });
     }
     files
@@ -129,6 +125,7 @@ mod tests {
             content: b"old".to_vec(),
             mode: 0o644,
             read_only,
+            ..File::default()
         };
         let files = [
             file("/log", false),
