@@ -1,10 +1,18 @@
-//! The ends of containers, and containers that behave badly: the pod is as it was.
+//! The ends of containers, containers that behave badly, and those that a server has lost sight of:
+//! the pod is as it was.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
-use bulkhead_tests::request::{Pod, container, pod_security, resources, shell, sleeper};
+use bulkhead_tests::cri::refused;
+use bulkhead_tests::node::BASE;
+use bulkhead_tests::request::{Pod, container, pod_security, resources, security, shell, sleeper};
 use bulkhead_tests::usage::Usage;
-use bulkhead_tests::{Cri, Node, suite};
+use bulkhead_tests::{Cri, Node, log, suite};
+use tonic::Code;
 
 suite! {
     created_container_is_stopped_without_effect,
@@ -15,6 +23,9 @@ suite! {
     container_without_stdio_runs_to_its_end,
     fork_bomb_leaves_its_neighbours_alone,
     memory_hog_leaves_its_neighbours_alone,
+    container_whose_start_was_not_answered_can_be_removed,
+    program_started_behind_a_dead_servers_back_is_taken_up,
+    container_whose_log_is_gone_is_followed_all_the_same,
 }
 
 fn exec_works(cri: &Cri, id: &str) -> Result<()> {
@@ -61,25 +72,13 @@ fn signals_give_their_exit_code(node: &Node) -> Result<()> {
 }
 
 fn orphans_end_with_their_container(node: &Node) -> Result<()> {
-    let mut config = node.pod_config("orphans")?;
     // In one PID namespace the end of a container's process does not take the others with it.
-    let namespaces = pod_security(&mut config).namespace_options.as_mut();
-    namespaces.context("no namespaces")?.pid = NamespaceMode::Pod.into();
-    let pod = Pod::run(node.cri()?, config)?;
-    let image = node.base()?;
-    let shared = |mut config: ContainerConfig| {
-        let security = bulkhead_tests::request::security(&mut config);
-        let options = security.namespace_options.get_or_insert_default();
-        options.pid = NamespaceMode::Pod.into();
-        config
-    };
-    let watcher = pod.start(&shared(sleeper("watcher", &image)))?;
+    let (pod, watcher) = watched(node, node.cri()?, "orphans")?;
     let line = "setsid sh -c 'sleep 7654 & sleep 7654' & sleep 1; exit 0";
-    let config = shared(shell("parent", &image, line));
+    let config = shared(shell("parent", &node.base()?, line));
     let status = pod.run_to_end(&config)?.status;
     ensure!(status.exit_code == 0, "{status:?}");
-    let count = "ps -o args | grep -c '^sleep 7654' || true";
-    let left = pod.cri.shell(&watcher, count)?;
+    let left = count(pod.cri, &watcher, "sleep 7654")?;
     ensure!(left == "0", "{left} processes of an ended container go on");
     Ok(())
 }
@@ -149,4 +148,145 @@ fn memory_hog_leaves_its_neighbours_alone(node: &Node) -> Result<()> {
     ensure!(status.exit_code == 137, "{status:?}");
     ensure!(status.reason == "OOMKilled", "{status:?}");
     exec_works(pod.cri, &neighbour)
+}
+
+/// A container in the pod's PID namespace.
+fn shared(mut config: ContainerConfig) -> ContainerConfig {
+    let options = &mut security(&mut config).namespace_options;
+    options.get_or_insert_default().pid = NamespaceMode::Pod.into();
+    config
+}
+
+/// A pod with one PID namespace for all, and a container in it that sees the others' processes.
+fn watched<'a>(node: &Node, cri: &'a Cri, name: &str) -> Result<(Pod<'a>, String)> {
+    let mut config = node.pod_config(name)?;
+    let namespaces = &mut pod_security(&mut config).namespace_options;
+    namespaces.get_or_insert_default().pid = NamespaceMode::Pod.into();
+    let pod = Pod::run(cri, config)?;
+    let image = node.image_on(cri, BASE)?;
+    let watcher = pod.start(&shared(sleeper("watcher", &image)))?;
+    Ok((pod, watcher))
+}
+
+/// Makes a container that runs `line` and begins to start it, which takes longer than the client
+/// waits. Answers the container and its process, which is stopped.
+fn start_unanswered(pod: &Pod<'_>, watcher: &str, name: &str, line: &str) -> Result<(String, u32)> {
+    let image = pod.cri.container(watcher)?.image.context("no image")?.image;
+    let id = pod.create(&shared(shell(name, &image, line)))?;
+    let held = "ps -o pid,args | sed -n 's/^ *\\([0-9]*\\) .* stage$/\\1/p'";
+    let held = pod.cri.shell(watcher, held)?;
+    let process = held.parse().with_context(|| format!("held: {held:?}"))?;
+    pod.cri.shell(watcher, &format!("kill -STOP {process}"))?;
+    pod.cri.start_and_vanish(&id, Duration::from_secs(2))?;
+    // Whoever serves the pod has given the start up, too.
+    let container_id = id.clone();
+    let request = ReopenContainerLogRequest { container_id };
+    refused(
+        pod.cri.reopen_container_log(request),
+        &[Code::FailedPrecondition],
+    )?;
+    let state = pod.cri.container(&id)?.state();
+    ensure!(state == ContainerState::ContainerCreated, "{state:?}");
+    Ok((id, process))
+}
+
+/// How many processes run with these arguments.
+fn count(cri: &Cri, watcher: &str, arguments: &str) -> Result<String> {
+    let line = format!("ps -o args | grep -c '^{arguments}' || true");
+    cri.shell(watcher, &line)
+}
+
+fn container_whose_start_was_not_answered_can_be_removed(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let (pod, watcher) = watched(node, cri, "unanswered")?;
+    let begin = |name: &str, seconds: &str| -> Result<String> {
+        let program = format!("exec sleep {seconds}");
+        let (id, process) = start_unanswered(&pod, &watcher, name, &program)?;
+        let go = format!(
+            "kill -CONT {process}; until ps -o args | grep -q '^sleep {seconds}'; do sleep 0.1; done"
+        );
+        cri.shell(&watcher, &go)?;
+        Ok(id)
+    };
+    let stopped = begin("stopped", "7001")?;
+    cri.stop(&stopped, 0)?;
+    let status = cri.container(&stopped)?;
+    ensure!(
+        status.state() == ContainerState::ContainerExited && status.exit_code == 137,
+        "{status:?}"
+    );
+    cri.remove(&stopped)?;
+    let removed = begin("removed", "7002")?;
+    cri.remove(&removed)?;
+    let (held, _) = start_unanswered(&pod, &watcher, "held", "exec sleep 7003")?;
+    cri.remove(&held)?;
+    let left = count(cri, &watcher, "sleep 700")?;
+    ensure!(left == "0", "{left} programs of removed containers run");
+    // The start of one that has not begun may be asked for again.
+    let (again, process) = start_unanswered(&pod, &watcher, "again", "exit 3")?;
+    cri.shell(&watcher, &format!("kill -CONT {process}"))?;
+    cri.start(&again)?;
+    let status = cri.wait(&again)?;
+    ensure!(status.exit_code == 3, "{status:?}");
+    Ok(())
+}
+
+fn program_started_behind_a_dead_servers_back_is_taken_up(node: &Node) -> Result<()> {
+    let first = node.plan("behind").start()?;
+    let (pod, watcher) = watched(node, &first.cri, "behind")?;
+    let line = "echo begun; exec sleep 7004";
+    let (running, one) = start_unanswered(&pod, &watcher, "running", line)?;
+    let go =
+        format!("kill -CONT {one}; until ps -o args | grep -q '^sleep 7004'; do sleep 0.1; done");
+    pod.cri.shell(&watcher, &go)?;
+    let (ended, two) = start_unanswered(&pod, &watcher, "ended", "exit 7")?;
+    let go = format!("kill -CONT {two}; while [ -e /proc/{two} ]; do sleep 0.1; done");
+    pod.cri.shell(&watcher, &go)?;
+    let log = pod.log_path(&shell("running", "", ""));
+    first.kill()?;
+    let second = node.plan("behind").start()?;
+    let cri = &second.cri;
+    let status = cri.container(&running)?;
+    ensure!(
+        status.state() == ContainerState::ContainerRunning && status.started_at > 0,
+        "{status:?}"
+    );
+    log::wait_for(&log, "begun\n")?;
+    let status = cri.wait(&ended)?;
+    ensure!(status.exit_code == 7, "{status:?}");
+    cri.stop(&running, 0)?;
+    let status = cri.container(&running)?;
+    ensure!(status.exit_code == 137, "{status:?}");
+    second.stop()
+}
+
+fn container_whose_log_is_gone_is_followed_all_the_same(node: &Node) -> Result<()> {
+    let first = node.plan("logless").start()?;
+    let pod = Pod::run(&first.cri, node.pod_config("logless")?)?;
+    let image = node.image_on(&first.cri, BASE)?;
+    let (stopped, ended) = (sleeper("stopped", &image), sleeper("ended", &image));
+    let (stopped, ended) = (pod.start(&stopped)?, pod.start(&ended)?);
+    let directory = PathBuf::from(&pod.config.log_directory);
+    let path = directory.join("stopped.log");
+    first.kill()?;
+    fs::rename(&directory, directory.with_extension("aside"))?;
+    fs::write(&directory, "in its place\n")?;
+    let second = node.plan("logless").start()?;
+    let cri = &second.cri;
+    cri.stop(&ended, 10)?;
+    let status = cri.container(&ended)?;
+    ensure!(
+        status.state() == ContainerState::ContainerExited && status.exit_code == 0,
+        "{status:?}"
+    );
+    // The log comes back with its directory.
+    fs::remove_file(&directory)?;
+    let container_id = stopped.clone();
+    cri.reopen_container_log(ReopenContainerLogRequest { container_id })?;
+    cri.shell(&stopped, "echo here > /proc/1/fd/1")?;
+    log::wait_for(&path, "here\n")?;
+    cri.stop(&stopped, 0)?;
+    let status = cri.container(&stopped)?;
+    ensure!(status.exit_code == 137, "{status:?}");
+    second.stop()
 }

@@ -151,7 +151,12 @@ enum Request {
 /// Nobody may ask for a log.
 enum Target {
     Nowhere,
-    File { path: PathBuf, file: std::fs::File },
+    /// It cannot be had before it is made anew.
+    Missing(PathBuf),
+    File {
+        path: PathBuf,
+        file: std::fs::File,
+    },
 }
 
 impl Log {
@@ -162,9 +167,18 @@ impl Log {
             Some(path) => open(path),
         })
         .await?;
+        Ok(Self::of(target))
+    }
+
+    /// A log that drops everything until [`Log::reopen`] succeeds.
+    pub fn missing(path: Option<PathBuf>) -> Self {
+        Self::of(path.map_or(Target::Nowhere, Target::Missing))
+    }
+
+    fn of(target: Target) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(write(target, receiver));
-        Ok(Self(sender))
+        Self(sender)
     }
 
     /// Writes whole lines; returns when the file has them.
@@ -199,12 +213,15 @@ async fn write(mut target: Target, mut requests: mpsc::Receiver<Request>) {
                 (tokio::task::spawn_blocking(job).await, reply)
             }
             Request::Reopen(reply) => {
-                let job = move || match target {
-                    Target::Nowhere => (Target::Nowhere, Ok(())),
-                    Target::File { path, file } => match open(path.clone()) {
+                let job = move || {
+                    let fresh = match &target {
+                        Target::Nowhere => Ok(Target::Nowhere),
+                        Target::Missing(path) | Target::File { path, .. } => open(path.clone()),
+                    };
+                    match fresh {
                         Ok(fresh) => (fresh, Ok(())),
-                        Err(error) => (Target::File { path, file }, Err(error)),
-                    },
+                        Err(error) => (target, Err(error)),
+                    }
                 };
                 (tokio::task::spawn_blocking(job).await, reply)
             }
@@ -220,7 +237,7 @@ async fn write(mut target: Target, mut requests: mpsc::Receiver<Request>) {
 
 fn append(target: &mut Target, lines: &[u8]) -> Result<(), LogError> {
     match target {
-        Target::Nowhere => Ok(()),
+        Target::Nowhere | Target::Missing(_) => Ok(()),
         Target::File { path, file } => {
             let before = file.metadata().map(|metadata| metadata.len());
             file.write_all(lines).map_err(|error| {

@@ -202,6 +202,9 @@ calls! {
     /// Removes a container.
     remove_container, remove_container: RemoveContainerRequest => RemoveContainerResponse,
         "remove the container";
+    /// Lists the containers it knows.
+    list_containers, list_containers: ListContainersRequest => ListContainersResponse,
+        "list its containers";
     /// Changes limits.
     update_resources, update_resources: UpdateResourcesRequest => UpdateResourcesResponse,
         "change the limits";

@@ -219,13 +219,7 @@ impl Owner {
         let copies = container.copies.clone();
         let log = Log::open(container.log_path.clone()).await?;
         let streams = Streams::open(&live, id, terminal, copies, deadline).await?;
-        let request = v1::StartContainerRequest {
-            // The agent starts a container once. What it answered stays true, and an answer that
-            // was lost is given again when the client tries again.
-            operation_id: format!("start-{id}"),
-            container_id: id.to_owned(),
-        };
-        let started = live.guest.start_container(request, deadline).await;
+        let started = live.guest.start_container(start(id), deadline).await;
         let Some(container) = self.record.containers.get_mut(id) else {
             return Err(SandboxError::no_container(id));
         };
@@ -254,6 +248,65 @@ impl Owner {
         }
     }
 
+    /// Asks the guest about a container whose start it may have carried out without its answer having
+    /// come, and takes up one that it has started.
+    pub(super) async fn settle_container(&mut self, id: &str) -> Result<(), SandboxError> {
+        let state = |owner: &Self| Some(owner.record.containers.get(id)?.state.clone());
+        let (Some(ContainerState::Created), Ok(live)) = (state(self), self.live()) else {
+            return Ok(());
+        };
+        let limit = Deadline::after(self.host.config.vm.boot_timeout());
+        let listed = live
+            .guest
+            .list_containers(v1::ListContainersRequest {}, limit);
+        let listed = listed.await?.containers;
+        let found = listed.iter().find(|listed| listed.container_id == id);
+        let exited = match found.map(v1::ContainerState::state) {
+            Some(v1::container_state::State::Running) => false,
+            Some(v1::container_state::State::Exited) => true,
+            _ => return Ok(()),
+        };
+        let started = live.guest.start_container(start(id), limit).await;
+        let Some(container) = self.record.containers.get_mut(id) else {
+            return Ok(());
+        };
+        match started {
+            Err(error) if exited && error.code() == Some(tonic::Code::FailedPrecondition) => {
+                let message = error.to_string();
+                container.state.fail_to_start(host::now(), message);
+            }
+            started => {
+                // The guest may have forgotten its answer; that the program runs it has said.
+                let started_at = started.map_or(host::now(), |it| it.started_at_nanoseconds);
+                container.state = ContainerState::Running {
+                    started_at: started_at.max(container.created_at),
+                };
+                self.follow_again(id, &live).await;
+            }
+        }
+        self.commit().await;
+        Ok(())
+    }
+
+    /// Follows a running container that nobody follows, whatever of its output can be had.
+    async fn follow_again(&mut self, id: &str, live: &Arc<Live>) {
+        let Some(container) = self.record.containers.get(id) else {
+            return;
+        };
+        let path = container.log_path.clone();
+        let log = Log::open(path.clone()).await.unwrap_or_else(|error| {
+            tracing::error!(container = %id, %error, "output is dropped until the log is reopened");
+            Log::missing(path)
+        });
+        let (terminal, copies) = (container.config.tty, container.copies.clone());
+        self.logs.insert(id.to_owned(), log.clone());
+        let (live, id, report) = (Arc::clone(live), id.to_owned(), self.report.clone());
+        tokio::spawn(async move {
+            let streams = Streams::open_again(&live, &id, terminal, copies).await;
+            streams.follow(live, id, log, report).await;
+        });
+    }
+
     /// Takes up the containers of a guest that an earlier server has left.
     pub(super) async fn resume_containers(&mut self) {
         let Ok(live) = self.live() else {
@@ -269,20 +322,13 @@ impl Owner {
                     forget(&live, &id).await;
                     self.record.containers.remove(&id);
                 }
-                ContainerState::Running { .. } => {
-                    let limit = Deadline::after(self.host.config.vm.boot_timeout());
-                    let log = Log::open(container.log_path.clone()).await;
-                    let (terminal, copies) = (container.config.tty, container.copies.clone());
-                    let streams = Streams::open(&live, &id, terminal, copies, limit).await;
-                    let (Ok(log), Ok(streams)) = (log, streams) else {
-                        tracing::error!(container = %id, "a container's output is not followed");
-                        continue;
-                    };
-                    self.logs.insert(id.clone(), log.clone());
-                    let report = self.report.clone();
-                    tokio::spawn(streams.follow(Arc::clone(&live), id, log, report));
+                ContainerState::Running { .. } => self.follow_again(&id, &live).await,
+                ContainerState::Created => {
+                    if let Err(error) = self.settle_container(&id).await {
+                        tracing::warn!(container = %id, %error, "it may have been started");
+                    }
                 }
-                ContainerState::Created | ContainerState::Exited(_) => {}
+                ContainerState::Exited(_) => {}
             }
         }
         self.place_again().await;
@@ -380,6 +426,15 @@ impl Owner {
                 _ => "its guest is not connected".to_owned(),
             },
         })
+    }
+}
+
+/// The agent starts a container once. What it answered stays true, and an answer that was lost is
+/// given again to the same request.
+fn start(id: &str) -> v1::StartContainerRequest {
+    v1::StartContainerRequest {
+        operation_id: format!("start-{id}"),
+        container_id: id.to_owned(),
     }
 }
 

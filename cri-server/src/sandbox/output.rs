@@ -19,12 +19,16 @@ use crate::guest::GuestError;
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How long a guest may take to tell what a container has written.
 const ASKING: Duration = Duration::from_secs(10);
+/// Attempts to open the output of a container that runs already, and the time between them.
+const OPENINGS: usize = 3;
+const REOPENING: Duration = Duration::from_secs(1);
 /// Between attempts to reach a guest that has lost its connection.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// A container's output on its way out of the guest.
 pub(super) struct Streams {
-    stdout: (UnixStream, u64),
+    /// None where it was given up.
+    stdout: Option<(UnixStream, u64)>,
     /// None of a terminal, whose output is one.
     stderr: Option<(UnixStream, u64)>,
     /// Files of the host that the container may write.
@@ -52,10 +56,36 @@ impl Streams {
         };
         let (stdout, stderr) = tokio::try_join!(open(Stream::Stdout), stderr)?;
         Ok(Self {
-            stdout,
+            stdout: Some(stdout),
             stderr,
             copies,
         })
+    }
+
+    /// Opens those of a container that runs already, and does without them in the end: nothing may
+    /// keep its end from being known.
+    pub(super) async fn open_again(
+        live: &Live,
+        id: &str,
+        terminal: bool,
+        copies: Vec<Copied>,
+    ) -> Self {
+        for _ in 0..OPENINGS {
+            let limit = Deadline::after(ASKING);
+            match Self::open(live, id, terminal, copies.clone(), limit).await {
+                Ok(streams) => return streams,
+                Err(error) => {
+                    tracing::warn!(container = %id, %error, "a container's output is not to be had");
+                }
+            }
+            tokio::time::sleep(REOPENING).await;
+        }
+        tracing::error!(container = %id, "a container's output is given up");
+        Self {
+            stdout: None,
+            stderr: None,
+            copies,
+        }
     }
 
     /// Writes the log to its end and reports the container's.
@@ -66,16 +96,15 @@ impl Streams {
         log: Log,
         report: mpsc::Sender<Event>,
     ) {
-        let (stdout, stderr) = (self.stdout, self.stderr);
-        let errors = async {
-            if let Some((stderr, offset)) = stderr {
-                output::write_log(stderr, Stream::Stderr, offset, log.clone()).await;
+        let write = async |opened, stream| {
+            if let Some((source, offset)) = opened {
+                output::write_log(source, stream, offset, log.clone()).await;
             }
         };
         let written = async {
             tokio::join!(
-                output::write_log(stdout.0, Stream::Stdout, stdout.1, log.clone()),
-                errors,
+                write(self.stdout, Stream::Stdout),
+                write(self.stderr, Stream::Stderr),
             )
         };
         let (exit, _) = tokio::join!(end(&live, &id), written);

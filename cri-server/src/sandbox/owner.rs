@@ -39,6 +39,8 @@ pub enum Request {
     Create(Box<cri::ContainerConfig>, Deadline, Answer<String>),
     /// Start one.
     Start(String, Deadline, Answer<()>),
+    /// Find out whether one was started whose start was not answered.
+    Settle(String, Answer<()>),
     /// Change the limits of one.
     Update(
         String,
@@ -288,6 +290,9 @@ impl Owner {
             }
             Request::Start(id, deadline, reply) => {
                 let _ = reply.send(self.start_container(&id, deadline).await);
+            }
+            Request::Settle(id, reply) => {
+                let _ = reply.send(self.settle_container(&id).await);
             }
             Request::Update(id, asked, deadline, reply) => {
                 let _ = reply.send(self.update_container(&id, &asked, deadline).await);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent_api::v1::{
-    SignalRequest, StatsRequest, StatsResponse, UsageRequest, UsageResponse,
+    SignalRequest, StatsRequest, StatsResponse, UsageRequest, UsageResponse, WaitRequest,
 };
 use bulkhead_cri_api::v1 as cri;
 use bulkhead_vmm_api::InterfaceCounters;
@@ -198,6 +198,10 @@ impl Pod {
 
     /// Asks a container to stop, and kills it after `grace`. One that does not run is left alone.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), SandboxError> {
+        if self.view().container(id)?.state == ContainerState::Created {
+            let id = id.to_owned();
+            self.ask(|reply| Request::Settle(id, reply)).await?;
+        }
         let view = self.view();
         let container = view.container(id)?;
         if !matches!(container.state, ContainerState::Running { .. }) {
@@ -218,8 +222,24 @@ impl Pod {
     /// Removes a container, killing it first.
     pub async fn remove_container(&self, id: &str) -> Result<(), SandboxError> {
         self.stop_container(id, Duration::ZERO).await?;
-        let id = id.to_owned();
-        self.ask(|reply| Request::RemoveContainer(id, reply)).await
+        let remove = || self.ask(|reply| Request::RemoveContainer(id.to_owned(), reply));
+        match remove().await {
+            // The guest is still about to start it: nobody waits for that any more.
+            Err(SandboxError::Guest(error))
+                if error.code() == Some(tonic::Code::FailedPrecondition) => {}
+            other => return other,
+        }
+        let view = self.view();
+        self.signal(&view, id, KILL, true).await?;
+        let request = WaitRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        };
+        let ended = view.live()?.guest.wait(request, Deadline::after(END)).await;
+        if let Err(error) = ended {
+            tracing::debug!(container = %id, %error, "a container's end is not told");
+        }
+        remove().await
     }
 
     /// Makes a container's log anew.
