@@ -413,4 +413,19 @@ mod tests {
         log.append(b"one\n".to_vec()).await.unwrap();
         log.reopen().await.unwrap();
     }
+
+    #[tokio::test]
+    async fn a_missing_log_drops_everything_until_it_is_reopened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pod/0.log");
+        std::fs::write(directory.path().join("pod"), "in the way").unwrap();
+        let log = Log::missing(Some(path.clone()));
+        log.append(b"one\n".to_vec()).await.unwrap();
+        assert!(log.reopen().await.is_err());
+        std::fs::remove_file(directory.path().join("pod")).unwrap();
+        log.append(b"two\n".to_vec()).await.unwrap();
+        log.reopen().await.unwrap();
+        log.append(b"three\n".to_vec()).await.unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"three\n");
+    }
 }
