@@ -7,4 +7,4 @@ mod ring;
 
 pub use end::End;
 pub use input::Input;
-pub use output::{Opening, Output, Progress, StreamError};
+pub use output::{Closing, Opening, Output, Progress, StreamError};

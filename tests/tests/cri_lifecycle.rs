@@ -18,6 +18,7 @@ suite! {
     created_container_is_stopped_without_effect,
     signals_give_their_exit_code,
     orphans_end_with_their_container,
+    container_whose_output_a_neighbour_holds_ends,
     zombies_of_execs_are_reaped,
     container_that_kills_all_it_can_harms_nobody,
     container_without_stdio_runs_to_its_end,
@@ -81,6 +82,35 @@ fn orphans_end_with_their_container(node: &Node) -> Result<()> {
     let left = count(pod.cri, &watcher, "sleep 7654")?;
     ensure!(left == "0", "{left} processes of an ended container go on");
     Ok(())
+}
+
+/// What prints the number of the process with this command line.
+fn process_of(command: &str) -> String {
+    format!("ps -o pid,args | sed -n 's|^ *\\([0-9]*\\) {command}$|\\1|p'")
+}
+
+fn container_whose_output_a_neighbour_holds_ends(node: &Node) -> Result<()> {
+    let (pod, _) = watched(node, node.cri()?, "held")?;
+    let image = node.base()?;
+    let line = "echo whole; printf 'no newline'; exec sleep 7654";
+    let config = shared(shell("writer", &image, line));
+    let writer = pod.start(&config)?;
+    log::wait_for(&pod.log_path(&config), "whole\n")?;
+    let line = format!(
+        "exec 3>/proc/$({})/fd/1; echo held; sleep 1000",
+        process_of("sleep 7654")
+    );
+    let holder = shared(shell("holder", &image, &line));
+    let neighbour = pod.start(&holder)?;
+    log::wait_for(&pod.log_path(&holder), "held\n")?;
+    pod.cri.stop(&writer, 0)?;
+    let status = pod.cri.container(&writer)?;
+    ensure!(status.exit_code == 137, "{status:?}");
+    let written = log::read(&pod.log_path(&config))?;
+    let last = written.last().context("an empty log")?;
+    ensure!(last.text == b"no newline" && !last.complete, "{written:?}");
+    pod.cri.remove(&writer)?;
+    exec_works(pod.cri, &neighbour)
 }
 
 fn zombies_of_execs_are_reaped(node: &Node) -> Result<()> {

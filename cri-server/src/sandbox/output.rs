@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bulkhead_agent_api::v1;
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::boot::{Live, blocking};
 use super::owner::Event;
@@ -22,6 +22,9 @@ const ASKING: Duration = Duration::from_secs(10);
 /// Attempts to open the output of a container that runs already, and the time between them.
 const OPENINGS: usize = 3;
 const REOPENING: Duration = Duration::from_secs(1);
+/// How long output may last after the guest has told the end, which it tells when all output is
+/// fetched or was given up. The log is written meanwhile, and its disk may be slow.
+const LAST_OUTPUT: Duration = Duration::from_secs(60);
 /// Between attempts to reach a guest that has lost its connection.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -107,7 +110,28 @@ impl Streams {
                 write(self.stderr, Stream::Stderr),
             )
         };
-        let (exit, _) = tokio::join!(end(&live, &id), written);
+        // Dropped when the end is told.
+        let (told, telling) = oneshot::channel::<()>();
+        let exit = async {
+            let exit = end(&live, &id).await;
+            drop(told);
+            exit
+        };
+        let late = async {
+            let _ = telling.await;
+            tokio::time::sleep(LAST_OUTPUT).await;
+        };
+        let written = async {
+            tokio::select! {
+                _ = written => {}
+                () = late => tracing::error!(
+                    container = %id,
+                    "the guest does not end the output of a container that has ended; it is no \
+                     longer read"
+                ),
+            }
+        };
+        let (exit, ()) = tokio::join!(exit, written);
         if exit.is_ok() && !self.copies.is_empty() {
             bring_back(&live, &id, self.copies).await;
         }

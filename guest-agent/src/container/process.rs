@@ -15,7 +15,7 @@ use crate::container::terminal::Size;
 use crate::dial::Stream;
 use crate::reap::ExitCode;
 use crate::sandbox::now_nanoseconds;
-use crate::stdio::{End, Input, Opening, Output, Progress};
+use crate::stdio::{Closing, End, Input, Opening, Output, Progress};
 
 /// How long output may lie without the host taking any, before the exit is told without it.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -110,8 +110,10 @@ impl Process {
         let stderr = stderr.map(|stderr| Output::start(stderr, RING_BYTES));
         let (told, exit) = watch::channel(None);
         let outputs = (stdout.progress(), stderr.as_ref().map(Output::progress));
+        let all = std::iter::once(&stdout).chain(&stderr);
+        let closings = all.map(Output::closing).collect();
         tokio::spawn(async move {
-            let exit = end(ending, outputs).await;
+            let exit = end(ending, outputs, closings).await;
             told.send_replace(Some(exit));
         });
         let process = Self {
@@ -170,7 +172,7 @@ pub use crate::container::launch::Held;
 /// What comes out of a process: standard output, and standard error where it is apart.
 type Outputs = (watch::Receiver<Progress>, Option<watch::Receiver<Progress>>);
 
-async fn end(ending: Ending, outputs: Outputs) -> Exit {
+async fn end(mut ending: Ending, mut outputs: Outputs, closings: Vec<Closing>) -> Exit {
     // The reaper lives as long as the agent.
     let code = ending.code.await.unwrap_or(128);
     let finished_at = now_nanoseconds();
@@ -181,7 +183,15 @@ async fn end(ending: Ending, outputs: Outputs) -> Exit {
         emptied(&ending.cgroup).await;
     }
     let oom_killed = ending.last && ending.cgroup.oom_kills() > 0;
-    let lost_bytes = drained(outputs, ending.attended).await;
+    let mut lost_bytes = drained(&mut outputs, &mut ending.attended).await;
+    if ending.last && !ended(&outputs) {
+        // Nobody of the container is left: another of the pod holds its output open, and could
+        // keep the container from ending. What an exec has left behind may write on.
+        for closing in closings {
+            closing.close().await;
+        }
+        lost_bytes = drained(&mut outputs, &mut ending.attended).await;
+    }
     Exit {
         code,
         finished_at,
@@ -198,11 +208,16 @@ pub async fn emptied(cgroup: &Cgroup) {
     }
 }
 
+fn ended((first, second): &Outputs) -> bool {
+    let mut all = std::iter::once(first).chain(second);
+    all.all(|output| output.borrow().ended)
+}
+
 /// Waits until the host has all output, and says how much it does not have.
 ///
 /// Time counts only while a server is there; each acknowledgement starts it anew, once nobody
 /// can write any more.
-async fn drained((mut first, mut second): Outputs, mut attended: watch::Receiver<bool>) -> u64 {
+async fn drained((first, second): &mut Outputs, attended: &mut watch::Receiver<bool>) -> u64 {
     let mut deadline = Instant::now() + DRAIN;
     let mut taken = 0;
     loop {
@@ -223,7 +238,7 @@ async fn drained((mut first, mut second): Outputs, mut attended: watch::Receiver
             .sum();
         tokio::select! {
             changed = first.changed() => if changed.is_err() { return lost },
-            changed = news(&mut second) => if changed.is_err() { return lost },
+            changed = news(second) => if changed.is_err() { return lost },
             changed = attended.changed() => match changed {
                 Ok(()) => deadline = Instant::now() + DRAIN,
                 Err(_) => return lost,
@@ -258,16 +273,18 @@ mod tests {
     async fn output_that_nobody_takes_is_counted_as_lost() {
         let (_out, first) = watch::channel(progress(true, 10, 4));
         let (_err, second) = watch::channel(progress(true, 0, 0));
-        let (_there, attended) = watch::channel(true);
-        assert_eq!(drained((first, Some(second)), attended).await, 6);
+        let (_there, mut attended) = watch::channel(true);
+        let mut outputs = (first, Some(second));
+        assert_eq!(drained(&mut outputs, &mut attended).await, 6);
     }
 
     #[tokio::test(start_paused = true)]
     async fn nothing_is_lost_while_no_server_is_there() {
         let (out, first) = watch::channel(progress(true, 10, 4));
         let (_err, second) = watch::channel(progress(true, 0, 0));
-        let (there, attended) = watch::channel(false);
-        let drain = tokio::spawn(drained((first, Some(second)), attended));
+        let (there, mut attended) = watch::channel(false);
+        let mut outputs = (first, Some(second));
+        let drain = tokio::spawn(async move { drained(&mut outputs, &mut attended).await });
         tokio::time::sleep(DRAIN * 100).await;
         there.send_replace(true);
         out.send_replace(progress(true, 10, 10));
@@ -278,7 +295,8 @@ mod tests {
     async fn a_pipe_held_open_delays_the_exit_for_a_bounded_time() {
         let (_out, first) = watch::channel(progress(false, 10, 10));
         let (_err, second) = watch::channel(progress(true, 0, 0));
-        let (_there, attended) = watch::channel(true);
-        assert_eq!(drained((first, Some(second)), attended).await, 0);
+        let (_there, mut attended) = watch::channel(true);
+        let mut outputs = (first, Some(second));
+        assert_eq!(drained(&mut outputs, &mut attended).await, 0);
     }
 }

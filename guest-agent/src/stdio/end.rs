@@ -28,12 +28,17 @@ impl End {
 
     /// Reads what is there; 0 is the end, `WouldBlock` that there may be more later.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = |end: &OwnedFd| match rustix::io::read(end, &mut *buffer) {
-            // The last process has closed its end of the terminal (pty(7)), all it wrote is read.
-            Err(rustix::io::Errno::IO) => Ok(0),
-            done => Ok(done?),
-        };
-        self.0.try_io(Interest::READABLE, read)
+        self.0.try_io(Interest::READABLE, |end| read(end, buffer))
+    }
+
+    /// As [`End::try_read`], of what the event loop may not have heard of yet.
+    pub fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        read(self.0.get_ref(), buffer)
+    }
+
+    /// Bytes written that are not read yet.
+    pub fn waiting(&self) -> io::Result<u64> {
+        Ok(rustix::io::ioctl_fionread(self)?)
     }
 
     /// Writes all, waiting while the process does not read.
@@ -44,6 +49,14 @@ impl End {
             bytes = bytes.get(written..).unwrap_or_default();
         }
         Ok(())
+    }
+}
+
+fn read(end: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    match rustix::io::read(end, buffer) {
+        // The last process has closed its end of the terminal (pty(7)), all it wrote is read.
+        Err(rustix::io::Errno::IO) => Ok(0),
+        done => Ok(done?),
     }
 }
 

@@ -57,6 +57,7 @@ pub struct Output {
 enum Command {
     Seek(u64, oneshot::Sender<Result<u64, StreamError>>),
     Use(Stream, u64),
+    Close,
 }
 
 /// The right to hand a stream to an output, kept apart so that dialling delays nobody.
@@ -82,6 +83,24 @@ impl Opening {
     }
 }
 
+/// The right to end an output that some process still holds open.
+#[derive(Debug, Clone)]
+pub struct Closing {
+    /// Not counted, so that it does not keep a dropped output.
+    commands: mpsc::WeakSender<Command>,
+}
+
+impl Closing {
+    /// Takes what was written until now as all there is. Who writes later is told that nobody
+    /// reads (`EPIPE`).
+    pub async fn close(&self) {
+        if let Some(commands) = self.commands.upgrade() {
+            // One that is gone is closed.
+            let _ = commands.send(Command::Close).await;
+        }
+    }
+}
+
 impl Output {
     /// Reads `source` from now on, keeping at most `capacity` bytes that nobody has acknowledged.
     pub fn start(source: End, capacity: usize) -> Self {
@@ -89,6 +108,7 @@ impl Output {
         let (progress, watched) = watch::channel(Progress::default());
         let pump = Pump {
             source: Some(source),
+            left: None,
             ring: Ring::new(capacity),
             stream: None,
             progress,
@@ -104,6 +124,13 @@ impl Output {
     pub fn opening(&self) -> Opening {
         Opening {
             commands: self.commands.clone(),
+        }
+    }
+
+    /// To end it while it is held open.
+    pub fn closing(&self) -> Closing {
+        Closing {
+            commands: self.commands.downgrade(),
         }
     }
 
@@ -129,6 +156,8 @@ struct Fed {
 struct Pump {
     /// `None` after its end.
     source: Option<End>,
+    /// How many bytes are still taken from it, once it is to be closed.
+    left: Option<u64>,
     ring: Ring,
     stream: Option<Fed>,
     progress: watch::Sender<Progress>,
@@ -142,7 +171,7 @@ impl Pump {
                     Some(command) => self.obey(command),
                     None => return,
                 },
-                () = readable(&self.source, self.ring.room()) => self.read(),
+                () = readable(&self.source, self.left, self.ring.room()) => self.read(),
                 () = acknowledged(&self.stream) => self.take_acknowledgement(),
                 () = writable(&self.stream, self.ring.end()) => self.write(),
             }
@@ -176,23 +205,41 @@ impl Pump {
                 });
             }
             Command::Use(..) => {}
+            Command::Close => {
+                let waiting = self.source.as_ref().map(End::waiting);
+                self.left = Some(waiting.and_then(Result::ok).unwrap_or(0));
+                self.end_when_taken();
+            }
         }
     }
 
     fn read(&mut self) {
         let Some(source) = &self.source else { return };
         let mut buffer = [0; STEP];
-        let room = self.ring.room().min(STEP);
+        let left = self.left.and_then(|left| usize::try_from(left).ok());
+        let room = self.ring.room().min(STEP).min(left.unwrap_or(STEP));
         let Some(buffer) = buffer.get_mut(..room) else {
             return;
         };
-        match source.try_read(buffer) {
+        let read = match self.left {
+            None => source.try_read(buffer),
+            Some(_) => source.read_now(buffer),
+        };
+        match read {
             Ok(0) => self.source = None,
             Ok(length) => {
                 self.ring.append(buffer.get(..length).unwrap_or_default());
+                self.left = self.left.map(|left| left.saturating_sub(length as u64));
+                self.end_when_taken();
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.left.is_none() => {}
             Err(_) => self.source = None,
+        }
+    }
+
+    fn end_when_taken(&mut self) {
+        if self.left == Some(0) {
+            self.source = None;
         }
     }
 
@@ -254,10 +301,11 @@ impl Pump {
     }
 }
 
-async fn readable(source: &Option<End>, room: usize) {
-    match source {
+async fn readable(source: &Option<End>, left: Option<u64>, room: usize) {
+    match (source, left) {
+        (Some(_), Some(_)) if room > 0 => {}
         // A full ring: the pipe fills up, and then the process waits.
-        Some(source) if room > 0 => source.readable().await,
+        (Some(source), None) if room > 0 => source.readable().await,
         _ => std::future::pending().await,
     }
 }
@@ -375,6 +423,30 @@ mod tests {
         host.write_all(&1000_u64.to_le_bytes()).await.unwrap();
         let more = |progress: &Progress| progress.read == CAPACITY as u64 + 1000;
         bench.until(more).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_written_before_the_close_is_all_there_is() {
+        let mut bench = Bench::new();
+        rustix::io::ioctl_fionbio(&bench.process, true).unwrap();
+        let all = vec![7; CAPACITY];
+        write(&mut bench, &all);
+        bench
+            .until(|progress| progress.read == CAPACITY as u64)
+            .await;
+        write(&mut bench, b"behind a full ring");
+        bench.output.closing().close().await;
+        let (mut host, _) = bench.host(0).await;
+        let mut seen = vec![0; CAPACITY];
+        host.read_exact(&mut seen).await.unwrap();
+        host.write_all(&(CAPACITY as u64).to_le_bytes())
+            .await
+            .unwrap();
+        seen.clear();
+        host.read_to_end(&mut seen).await.unwrap();
+        assert_eq!(seen, b"behind a full ring");
+        let later = std::io::Write::write(&mut bench.process, b"later");
+        assert_eq!(later.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[tokio::test]
