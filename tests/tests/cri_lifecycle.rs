@@ -19,6 +19,7 @@ suite! {
     signals_give_their_exit_code,
     orphans_end_with_their_container,
     container_whose_output_a_neighbour_holds_ends,
+    container_that_does_not_start_in_time_never_runs,
     zombies_of_execs_are_reaped,
     container_that_kills_all_it_can_harms_nobody,
     container_without_stdio_runs_to_its_end,
@@ -111,6 +112,27 @@ fn container_whose_output_a_neighbour_holds_ends(node: &Node) -> Result<()> {
     ensure!(last.text == b"no newline" && !last.complete, "{written:?}");
     pod.cri.remove(&writer)?;
     exec_works(pod.cri, &neighbour)
+}
+
+fn container_that_does_not_start_in_time_never_runs(node: &Node) -> Result<()> {
+    let (pod, watcher) = watched(node, node.cri()?, "late")?;
+    let config = shared(container("late", &node.base()?, &["sleep", "7654"]));
+    let late = pod.create(&config)?;
+    // The process that waits to be the program.
+    let held = process_of("/proc/self/exe stage");
+    let stop = format!("kill -STOP $({held})");
+    pod.cri.shell(&watcher, &stop)?;
+    ensure!(
+        pod.cri.start(&late).is_err(),
+        "a stopped process has started"
+    );
+    let go_on = format!("held=$({held}) && kill -CONT $held; sleep 1; ps -o args");
+    let processes = pod.cri.shell(&watcher, &go_on)?;
+    ensure!(!processes.contains("sleep 7654"), "{processes}");
+    let state = pod.cri.container(&late)?.state();
+    ensure!(state == ContainerState::ContainerExited, "{state:?}");
+    pod.cri.remove(&late)?;
+    exec_works(pod.cri, &watcher)
 }
 
 fn zombies_of_execs_are_reaped(node: &Node) -> Result<()> {

@@ -280,6 +280,8 @@ enum Phase {
     Created(Held),
     Starting,
     Running,
+    /// It was not seen to start, and is killed.
+    Failed,
 }
 
 struct Owner {
@@ -379,11 +381,24 @@ impl Owner {
     }
 
     fn started(&mut self, done: Result<(), LaunchError>, reply: Reply<i64>) {
-        self.phase = Phase::Running;
-        let _ = reply.send(match done {
-            Ok(()) => Ok(now_nanoseconds()),
-            Err(error) => Err(ContainerError::Start(error)),
-        });
+        let answer = match done {
+            Ok(()) => {
+                self.phase = Phase::Running;
+                Ok(now_nanoseconds())
+            }
+            Err(error) => {
+                self.phase = Phase::Failed;
+                // One that said why ends by itself, with its own code. Any other may only be slow,
+                // and must not run after it was said to have failed.
+                if !matches!(error, LaunchError::Stage(_))
+                    && let Err(error) = self.cgroup.kill()
+                {
+                    crate::console::say(&error.to_string());
+                }
+                Err(ContainerError::Start(error))
+            }
+        };
+        let _ = reply.send(answer);
     }
 
     fn not(&self, what: &str) -> ContainerError {
