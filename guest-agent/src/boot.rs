@@ -6,6 +6,7 @@ use std::path::Path;
 
 use rustix::fs::Mode;
 use rustix::mount::MountFlags;
+use rustix::process::{Resource, Rlimit};
 
 use crate::console;
 use crate::network;
@@ -53,6 +54,9 @@ fn step<T, E: Into<io::Error>>(what: &'static str, done: Result<T, E>) -> Result
     })
 }
 
+/// Most descriptors of the agent: a container takes about five, and so does an exec.
+const DESCRIPTORS: u64 = 1 << 16;
+
 /// Where the new root is put together.
 const NEW_ROOT: &str = "/new";
 
@@ -87,6 +91,14 @@ pub fn boot() -> Result<Boot, BootError> {
     step(
         "protect the agent from the OOM killer",
         fs::write("/proc/self/oom_score_adj", "-1000"),
+    )?;
+    let limit = Rlimit {
+        current: Some(DESCRIPTORS),
+        maximum: Some(DESCRIPTORS),
+    };
+    step(
+        "allow the agent its descriptors",
+        rustix::process::setrlimit(Resource::Nofile, limit),
     )?;
     open_cgroups()?;
     if let Err(error) = network::raise_loopback() {

@@ -19,6 +19,10 @@ use crate::service::Service;
 /// Threads for blocking work, at most: mounts and process starts, a few at a time.
 const BLOCKING_THREADS: usize = 8;
 
+/// Most calls at a time. The end of every container and exec that runs is waited for by one, and
+/// there must be room for those that end them.
+const CALLS: u32 = 16 << 10;
+
 /// Why the agent cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -54,6 +58,7 @@ async fn serve(boot: Boot) -> Result<Infallible, ControlError> {
                 told = false;
                 attended.send_replace(true);
                 let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .max_concurrent_streams(CALLS)
                     .serve_connection(
                         TokioIo::new(stream),
                         TowerToHyperService::new(service.clone()),

@@ -32,6 +32,7 @@ suite! {
     exec_ends_with_its_container,
     exec_of_what_is_no_program_names_it,
     many_execs_run_at_once,
+    execs_by_the_hundred_are_in_nobodys_way,
 }
 
 /// Looks again and again until the container's processes are as wanted.
@@ -364,6 +365,33 @@ fn many_execs_run_at_once(node: &Node) -> Result<()> {
             );
             ensure!(reply.exit_code == i32::try_from(number)?, "{reply:?}");
         }
+        Ok(())
+    })
+}
+
+fn execs_by_the_hundred_are_in_nobodys_way(node: &Node) -> Result<()> {
+    const COUNT: usize = 240;
+    let cri = node.cri()?;
+    let pod = node.pod("exec-hundreds")?;
+    let image = node.base()?;
+    let (id, neighbour) = (
+        pod.start(&sleeper("sleeper", &image))?,
+        pod.start(&sleeper("neighbour", &image))?,
+    );
+    thread::scope(|scope| {
+        let run = || cri.exec_for(&id, &["sleep", "7654"], 0);
+        let begun: Vec<_> = (0..COUNT).map(|_| scope.spawn(run)).collect();
+        let all = processes_become(cri, &id, "sleep 7654", COUNT);
+        let fine = cri.shell(&neighbour, "echo fine");
+        // Ends them, whatever has been found.
+        cri.stop(&id, 0)?;
+        for exec in begun {
+            let reply = exec.join().ok().context("a thread has panicked")?;
+            let code = reply.context("ExecSync")?.exit_code;
+            ensure!(code == 137, "exit code {code}");
+        }
+        all?;
+        ensure!(fine? == "fine", "an exec in a neighbour");
         Ok(())
     })
 }

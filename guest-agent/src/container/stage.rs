@@ -55,6 +55,9 @@ fn step<T, E: Into<io::Error>>(what: &str, done: Result<T, E>) -> Result<T, Stag
 /// Exit status of a process whose program never ran.
 const NEVER_RAN: u8 = 128;
 
+/// Soft and hard limit of descriptors where none is told: Linux's own.
+const DESCRIPTORS: (u64, u64) = (1024, 4096);
+
 /// The stage's `main`. Standard input is the socket to the agent.
 pub fn main() -> ExitCode {
     let Ok(socket) = io::stdin().as_fd().try_clone_to_owned() else {
@@ -218,6 +221,9 @@ fn become_process(socket: BorrowedFd<'_>, given: Given) -> Result<(), StageError
         (None, Some([stdin, stdout, stderr])) => take_stdio([stdin, stdout, stderr], &plan)?,
         (None, None) => return Err(StageError::Program("a descriptor is missing".into())),
     }
+    // The agent has its own, which it has raised.
+    let (soft, hard) = DESCRIPTORS;
+    limit(Resource::Nofile as u32, soft, hard)?;
     for (resource, soft, hard) in &program.limits {
         limit(*resource, *soft, *hard)?;
     }
