@@ -75,20 +75,24 @@ impl Calls {
             }
         }
         let highest = rules.keys().next_back().copied();
-        // A profile that allows what it names was written before the kernel got these calls.
-        // Programs go on without them only when told that they are missing, so runc does so too.
+        Self {
+            rules,
+            highest,
+            beyond: Self::beyond(highest, profile),
+        }
+    }
+
+    /// A profile that allows what it names was written before the kernel got the calls above the
+    /// highest. Programs go on without them only when told that they are missing, so runc does so
+    /// too.
+    fn beyond(highest: Option<u32>, profile: &Profile) -> u32 {
         let permissive = matches!(
             answer::kind(profile.default),
             answer::ALLOW | answer::LOG | answer::TRACE
         );
-        let beyond = match highest {
+        match highest {
             Some(_) if !permissive => answer::ERRNO | libc::ENOSYS as u32,
             _ => profile.default,
-        };
-        Self {
-            rules,
-            highest,
-            beyond,
         }
     }
 
@@ -110,6 +114,7 @@ impl Calls {
             });
             self.highest = self.highest.max(Some(by.call));
         }
+        self.beyond = Self::beyond(self.highest, profile);
     }
 }
 

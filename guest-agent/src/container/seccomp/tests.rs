@@ -234,6 +234,30 @@ proptest! {
 }
 
 #[test]
+fn a_profile_of_one_call_through_another_has_calls_beyond_it() {
+    // i386 has no call of its own for it, only socketcall.
+    let rule = profile::Rule {
+        answer: ALLOW,
+        conditions: Vec::new(),
+    };
+    let profile = Profile {
+        default: NOT_PERMITTED,
+        x86: true,
+        x32: false,
+        flags: 0,
+        rules: vec![("recv".to_owned(), rule)],
+    };
+    let call = Call {
+        architecture: ARCHITECTURE_I386,
+        number: 462,
+        arguments: [0; 6],
+    };
+    let program = compile::program(&profile).unwrap();
+    assert_eq!(run(&program, &call), ERRNO | libc::ENOSYS as u32);
+    assert_eq!(judge(&profile, &call), ERRNO | libc::ENOSYS as u32);
+}
+
+#[test]
 fn a_program_longer_than_its_jumps_reach_answers_right() {
     // Far more than 255 instructions between the tree and what it leads to.
     let rules = |name: &str, index: u32| {
