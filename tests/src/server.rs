@@ -343,3 +343,14 @@ impl Drop for Server {
         let _ = self.child.wait();
     }
 }
+
+/// How long a phase of the last pod's start took, which no client sees, by what a server's log says
+/// of it; in nanoseconds.
+pub fn phase(log: &str, name: &str) -> Result<u64> {
+    let line = log.lines().rfind(|line| line.contains("guest_us="));
+    let line = line.context("the server's log says nothing of how its guest started")?;
+    let mut words = line.split_whitespace();
+    let figure = words.find_map(|word| word.strip_prefix(name)?.strip_prefix("_us="));
+    let microseconds: Option<u64> = figure.and_then(|figure| figure.parse().ok());
+    Ok(microseconds.with_context(|| format!("no {name} in: {line}"))? * 1000)
+}

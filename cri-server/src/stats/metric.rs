@@ -57,8 +57,8 @@ const GROUP: &[Metric<OfGroup>] = metrics! {
         |group| memory(group, |memory| Some(memory.file));
     "container_memory_mapped_file", Gauge, "Memory of mapped files, in bytes.", [],
         |group| memory(group, |memory| Some(memory.mapped_file));
-    "container_memory_kernel_usage", Gauge, "Memory of the kernel's stacks, in bytes.", [],
-        |group| memory(group, |memory| Some(memory.kernel_stack));
+    "container_memory_kernel_usage", Gauge, "Memory of the kernel, in bytes.", [],
+        |group| memory(group, |memory| Some(memory.kernel));
     "container_memory_swap", Gauge, "Swap used, in bytes.", [],
         |group| memory(group, |memory| memory.swap);
     "container_memory_max_usage_bytes", Gauge, "The most memory ever charged.", [],

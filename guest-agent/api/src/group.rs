@@ -37,7 +37,7 @@ fn from(file: impl Fn(&str) -> Option<String>) -> GroupStats {
                 file: stat.get("file"),
                 inactive_file: stat.get("inactive_file"),
                 mapped_file: stat.get("file_mapped"),
-                kernel_stack: stat.get("kernel_stack"),
+                kernel: stat.get("kernel"),
                 page_faults: stat.get("pgfault"),
                 major_page_faults: stat.get("pgmajfault"),
                 limit_hits: events.get("max"),
@@ -127,7 +127,7 @@ mod tests {
                 "cpu.stat" => "usage_usec 70\nuser_usec 40\nsystem_usec 30\nnr_throttled 2\n",
                 "memory.current" => "4096\n",
                 "memory.max" => "max\n",
-                "memory.stat" => "anon 1024\nfile 2048\ninactive_file 512\npgfault 9\n",
+                "memory.stat" => "anon 1024\nfile 2048\nkernel 256\ninactive_file 512\npgfault 9\n",
                 "memory.events" => "max 3\noom_kill 1\n",
                 "memory.swap.max" => "0\n",
                 "io.stat" => "254:0 rbytes=10 wbytes=1 rios=2 wios=3 dbytes=4\n254:16 rbytes=5\n",
@@ -142,6 +142,7 @@ mod tests {
         let memory = stats.memory.unwrap();
         assert_eq!((memory.current, memory.limit), (4096, None));
         assert_eq!((memory.anonymous, memory.inactive_file), (1024, 512));
+        assert_eq!(memory.kernel, 256);
         assert_eq!((memory.limit_hits, memory.oom_kills), (3, 1));
         assert_eq!((memory.swap, memory.swap_limit), (None, Some(0)));
         let io = stats.io.unwrap();

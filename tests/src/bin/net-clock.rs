@@ -20,7 +20,7 @@ use bulkhead_tests::http::connect;
 use bulkhead_tests::hypervisor::{Hypervisor, Machine, Setup};
 use bulkhead_tests::node::BASE;
 use bulkhead_tests::request::{Pod, shell, sleeper};
-use bulkhead_tests::server::{Runtime, Server};
+use bulkhead_tests::server::{Runtime, Server, phase};
 use bulkhead_vmm_api::InterfaceCounters;
 
 /// The servers by their names in the figures.
@@ -99,7 +99,7 @@ fn measure() -> Result<serde_json::Value> {
     for run in 0..=runs {
         let logged = server.log_length();
         Pod::run(&server.cri, node.pod_config(&format!("cni-{run}"))?)?;
-        let (_, network) = phases(&server.log_since(logged))?;
+        let network = phase(&server.log_since(logged), "network")?;
         server.remove_pods()?;
         let cni = [
             ("network".to_owned(), network),
@@ -241,7 +241,9 @@ impl Case<'_> {
         figures.insert("host asks pod".into(), asked);
         figures.extend(counted("asked", before, self.counters(&far)?));
         if self.counts {
-            let (start, network) = phases(&self.server.log_since(logged))?;
+            let log = self.server.log_since(logged);
+            let start = phase(&log, "host")? + phase(&log, "guest")? + phase(&log, "prepare")?;
+            let network = phase(&log, "network")?;
             figures.extend([("start".into(), start), ("network".into(), network)]);
         }
         self.server.remove_pods()?;
@@ -333,23 +335,6 @@ fn plugin(node: &Node) -> Result<u64> {
     call("DEL")?;
     ip(&["netns", "delete", NAMESPACE])?;
     Ok(added)
-}
-
-/// What the server's log says of the start of a pod, in nanoseconds: all of it up to READY, and its
-/// network.
-fn phases(log: &str) -> Result<(u64, u64)> {
-    let line = log.lines().rfind(|line| line.contains("guest_us="));
-    let line = line.context("the server's log says nothing of how its guest started")?;
-    let phase = |name: &str| -> Result<u64> {
-        let mut fields = line
-            .split_whitespace()
-            .filter_map(|word| word.split_once('='));
-        let figure = fields.find(|(key, _)| *key == name);
-        let microseconds: Option<u64> = figure.and_then(|(_, value)| value.parse().ok());
-        Ok(microseconds.with_context(|| format!("no {name} in: {line}"))? * 1000)
-    };
-    let start = phase("host_us")? + phase("guest_us")? + phase("prepare_us")?;
-    Ok((start, phase("network_us")?))
 }
 
 /// A VM on a tap, which the host asks and sends to.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bulkhead_tests::log::{self, Stream};
 use bulkhead_tests::node::BASE;
 use bulkhead_tests::request::{Pod, shell, sleeper};
-use bulkhead_tests::server::{Runtime, Server};
+use bulkhead_tests::server::{Runtime, Server, phase};
 use bulkhead_tests::{Cri, Node};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
@@ -99,7 +99,10 @@ fn start(node: &Node, server: &Server, runtime: Runtime, name: &str) -> Result<M
     moments.insert("first byte", nanoseconds(said - begun)?);
 
     if runtime == Runtime::Bulkhead {
-        moments.extend(phases(&server.log_since(logged))?);
+        let log = server.log_since(logged);
+        for name in ["host", "guest", "prepare"] {
+            moments.insert(name, phase(&log, name)?);
+        }
     }
     expect_word(&server.cri, &pod, &id, &word.log)?;
     moments.extend(further(&server.cri, &pod, &image)?);
@@ -136,26 +139,6 @@ fn expect_word(cri: &Cri, pod: &Pod<'_>, container: &str, log: &Path) -> Result<
     let said = log::text(&log::read(log)?, Stream::Stdout);
     ensure!(said == "READY\n", "pod {} said {said:?}", pod.id);
     Ok(())
-}
-
-/// What the server's log says of the part of a start that no client sees.
-fn phases(log: &str) -> Result<Moments> {
-    let line = log.lines().find(|line| line.contains("guest_us="));
-    let line = line.context("the server's log says nothing of how its guest started")?;
-    let phase = |name: &str| -> Result<u64> {
-        let mut fields = line
-            .split_whitespace()
-            .filter_map(|word| word.split_once('='));
-        let figure = fields.find(|(key, _)| *key == name);
-        let microseconds: Option<u64> = figure.and_then(|(_, value)| value.parse().ok());
-        Ok(microseconds.with_context(|| format!("no {name} in: {line}"))? * 1000)
-    };
-    let (host, guest, prepare) = (phase("host_us")?, phase("guest_us")?, phase("prepare_us")?);
-    Ok(Moments::from([
-        ("host", host),
-        ("guest", guest),
-        ("prepare", prepare),
-    ]))
 }
 
 /// Waits for the first byte of a log, without looking again and again.
