@@ -18,6 +18,7 @@ mod seccomp;
 pub mod spec;
 pub mod stage;
 mod terminal;
+mod tree;
 pub mod user;
 
 pub use cgroup::{Cgroup, CgroupError};

@@ -30,8 +30,6 @@ use crate::reap::Reaper;
 
 pub use files::Copied;
 
-/// Where files made for containers lie, by container.
-const FILES: &str = "/run/bulkhead/files";
 /// Most containers of a pod, those that exited among them.
 const MOST_CONTAINERS: usize = 512;
 
@@ -269,12 +267,12 @@ impl Sandbox {
         let apart = prepared.apart.clone();
         let (new, created) =
             off(move || set_out(request, spec, image, apart, pids, &resolv_conf)).await??;
-        let (cgroup, directories) = (new.cgroup.clone(), new.directories.clone());
+        let (cgroup, id) = (new.cgroup.clone(), new.id.clone());
         match Container::create(new, self.surroundings.clone()).await {
             Ok((container, pid)) => Ok((container, Created { pid, ..created })),
             Err(error) => {
                 // What cannot be removed now stays; why the container cannot be made says more.
-                let _ = container::discard(cgroup, directories).await;
+                let _ = container::discard(cgroup, id).await;
                 Err(error.into())
             }
         }
@@ -409,9 +407,9 @@ fn set_out(
         let merge = !request.strict_groups;
         user::resolve(&mut process.user, &image, merge).map_err(ContainerError::from)?;
     }
-    let layer = layer::place(&id);
-    let scratch = layer.to_string_lossy().into_owned();
-    let home = format!("{FILES}/{id}");
+    let scratch = layer::place(&id).to_string_lossy().into_owned();
+    // Beside the changes to the image, and as those the container's own to fill.
+    let home = format!("{scratch}/files");
     let mut files = request.files;
     let brought = |path: &str| {
         spec.mounts.iter().any(|mount| mount.destination == path)
@@ -425,7 +423,6 @@ fn set_out(
             ..File::default()
         });
     }
-    let directories = vec![scratch.clone(), home.clone()];
     let places = Places {
         cgroup: format!("{}/{id}", container::cgroup::POD),
         image: image.clone(),
@@ -461,17 +458,12 @@ fn set_out(
         device::confine(&cgroup.path(), &rules),
     );
     let filled = confined
-        .and_then(|()| {
-            step(
-                "make a place for the container's changes",
-                layer::make(&layer),
-            )
-        })
+        .and_then(|()| step("make a place for the container's changes", layer::make(&id)))
         .and_then(|()| files::write(&home, &files, places.mapping.as_ref()));
     let copies = match filled {
         Ok(copies) => copies,
         Err(error) => {
-            let _ = container::remove(&cgroup, &directories);
+            let _ = container::remove(&cgroup, &id);
             return Err(error);
         }
     };
@@ -483,7 +475,6 @@ fn set_out(
         apart,
         pids,
         stdin: request.stdin,
-        directories,
         copies,
     };
     Ok((new, created))

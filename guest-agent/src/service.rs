@@ -1,5 +1,6 @@
 //! The gRPC service: translation only.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use bulkhead_agent_api::v1::agent_server::Agent;
@@ -61,6 +62,10 @@ fn status(error: &SandboxError) -> Status {
     let code = match error {
         SandboxError::Invalid(_) => Code::InvalidArgument,
         SandboxError::State(_) => Code::FailedPrecondition,
+        // The pod's disk, which its containers have filled.
+        SandboxError::Step { source, .. } if source.kind() == ErrorKind::StorageFull => {
+            Code::ResourceExhausted
+        }
         SandboxError::Step { .. } => Code::Internal,
         SandboxError::Stream(_) => Code::OutOfRange,
         SandboxError::Dial(_) => Code::Unavailable,

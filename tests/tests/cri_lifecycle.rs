@@ -25,6 +25,8 @@ suite! {
     container_without_stdio_runs_to_its_end,
     fork_bomb_leaves_its_neighbours_alone,
     memory_hog_leaves_its_neighbours_alone,
+    file_that_is_filled_leaves_room_for_neighbours,
+    deep_directories_are_removed_with_their_container,
     container_whose_start_was_not_answered_can_be_removed,
     program_started_behind_a_dead_servers_back_is_taken_up,
     container_whose_log_is_gone_is_followed_all_the_same,
@@ -341,4 +343,33 @@ fn container_whose_log_is_gone_is_followed_all_the_same(node: &Node) -> Result<(
     let status = cri.container(&stopped)?;
     ensure!(status.exit_code == 137, "{status:?}");
     second.stop()
+}
+
+fn file_that_is_filled_leaves_room_for_neighbours(node: &Node) -> Result<()> {
+    let pod = node.pod("filler")?;
+    let image = node.base()?;
+    // More than a file in memory could have.
+    let line = "head -c 150000000 /dev/zero > /etc/hosts && wc -c < /etc/hosts";
+    let filler = shell("filler", &image, line);
+    let id = pod.start(&filler)?;
+    pod.cri.wait(&id)?;
+    log::wait_for(&pod.log_path(&filler), "150000000\n")?;
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
+    pod.cri.remove(&id)?;
+    exec_works(pod.cri, &neighbour)
+}
+
+fn deep_directories_are_removed_with_their_container(node: &Node) -> Result<()> {
+    let pod = node.pod("deep")?;
+    let image = node.base()?;
+    // More levels than a process usually has descriptors.
+    let line = "levels=$(printf 'd/%.0s' $(seq 100)); for i in $(seq 11); do \
+                mkdir -p $levels && cd $levels || exit; done; echo made";
+    let config = shell("deep", &image, line);
+    let id = pod.start(&config)?;
+    pod.cri.wait(&id)?;
+    log::wait_for(&pod.log_path(&config), "made\n")?;
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
+    pod.cri.remove(&id)?;
+    exec_works(pod.cri, &neighbour)
 }

@@ -1,5 +1,5 @@
-//! What a container writes onto its root file system, counted by the scratch disk itself as a quota
-//! project.
+//! What a container writes onto its root file system and the files it was given, counted by the
+//! scratch disk itself as a quota project.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use crate::container::tree;
 use crate::disk::SCRATCH;
 use crate::sys;
 
@@ -17,16 +18,30 @@ pub fn place(id: &str) -> PathBuf {
     Path::new(SCRATCH).join("containers").join(id)
 }
 
-/// Makes the directory, empty, as a project of its own. A pod without a scratch disk counts
-/// nothing.
-pub fn make(place: &Path) -> io::Result<()> {
-    fs::create_dir_all(place)?;
-    let directory = File::open(place)?;
+/// By which the directory of container `id` is removed. It counts for no project: a directory of any
+/// can be moved there.
+fn bin(id: &str) -> PathBuf {
+    Path::new(SCRATCH).join("removed").join(id)
+}
+
+/// Makes the directory of container `id`, empty, as a project of its own. A pod without a scratch
+/// disk counts nothing.
+pub fn make(id: &str) -> io::Result<()> {
+    // Made while there is room.
+    fs::create_dir_all(bin(id))?;
+    let place = place(id);
+    fs::create_dir_all(&place)?;
+    let directory = File::open(&place)?;
     match sys::set_project(directory.as_fd(), project(&directory)?) {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTTY) => Ok(()),
         Err(error) if Errno::from_io_error(&error) == Some(Errno::OPNOTSUPP) => Ok(()),
         made => made,
     }
+}
+
+/// Removes the directory of container `id`. What is not there is no error; it can be repeated.
+pub fn remove(id: &str) -> io::Result<()> {
+    tree::remove(&place(id), &bin(id))
 }
 
 /// The bytes and inodes below it, where they are counted.

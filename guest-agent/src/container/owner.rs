@@ -3,7 +3,6 @@
 mod exec;
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,6 +12,7 @@ use crate::container::ContainerError;
 use crate::container::apart::Apart;
 use crate::container::cgroup::Cgroup;
 use crate::container::launch::{self, Held, LaunchError, Launched};
+use crate::container::layer;
 use crate::container::plan::Plan;
 use crate::container::process::{self, Ending, Endpoint, Exit, Process, Which};
 use crate::container::seccomp::Filter;
@@ -112,8 +112,6 @@ pub struct NewContainer {
     pub pids: Option<Arc<OwnedFd>>,
     /// Whether stdin stays open.
     pub stdin: bool,
-    /// Directories that are the container's own.
-    pub directories: Vec<String>,
     /// Files of the host that it may write.
     pub copies: Vec<Copied>,
 }
@@ -143,7 +141,6 @@ impl Container {
             apart,
             pids,
             stdin,
-            directories,
             copies,
         } = new;
         let filter = plan.filter.clone();
@@ -169,7 +166,6 @@ impl Container {
             image,
             filter,
             apart,
-            directories,
             surroundings,
             commands: commands.downgrade(),
             phase: Phase::Created(held),
@@ -291,7 +287,6 @@ struct Owner {
     filter: Option<Filter>,
     /// The pod's own namespaces, if it has any.
     apart: Option<Arc<Apart>>,
-    directories: Vec<String>,
     surroundings: Surroundings,
     /// To hear of its own tasks; not counted, so that the last user's going ends the owner.
     commands: mpsc::WeakSender<Command>,
@@ -478,30 +473,25 @@ impl Owner {
             _ => {}
         }
         self.execs.clear();
-        discard(self.cgroup.clone(), self.directories.clone()).await
+        discard(self.cgroup.clone(), self.id.clone()).await
     }
 }
 
-/// Ends what is in a container's group, and removes it and the container's directories.
-pub async fn discard(cgroup: Cgroup, directories: Vec<String>) -> Result<(), ContainerError> {
+/// Ends what is in the group of container `id`, and removes it and what the container has written.
+pub async fn discard(cgroup: Cgroup, id: String) -> Result<(), ContainerError> {
     cgroup.kill()?;
     process::emptied(&cgroup).await;
-    off(move || remove(&cgroup, &directories)).await?
+    off(move || remove(&cgroup, &id)).await?
 }
 
-/// Removes a container's group and directories; what is already gone is no error. All are tried,
-/// the first failure is told.
-pub fn remove(cgroup: &Cgroup, directories: &[String]) -> Result<(), ContainerError> {
-    let mut removed = cgroup.remove().map_err(ContainerError::from);
-    for directory in directories {
-        match fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                removed = removed.and(Err(ContainerError::Internal(format!(
-                    "cannot remove {directory}: {error}"
-                ))));
-            }
-            _ => {}
-        }
-    }
-    removed
+/// Removes a container's group and what it has written; what is already gone is no error. Both are
+/// tried, the first failure is told.
+pub fn remove(cgroup: &Cgroup, id: &str) -> Result<(), ContainerError> {
+    let removed = cgroup.remove().map_err(ContainerError::from);
+    let emptied = layer::remove(id).map_err(|error| {
+        ContainerError::Internal(format!(
+            "cannot remove what container {id} has written: {error}"
+        ))
+    });
+    removed.and(emptied)
 }

@@ -1,0 +1,132 @@
+//! The removal of a directory with all that a container has put into it.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+/// Removes `top` by way of `bin`, a directory of the same file system that is removed with it. What
+/// is not there is no error; a removal that has failed can be gone on with.
+///
+/// A tree may be as deep as its disk has inodes. Every directory that is not empty is moved into
+/// `bin` itself, so that neither descriptors nor the stack grow with the depth.
+pub fn remove(top: &Path, bin: &Path) -> io::Result<()> {
+    fs::create_dir_all(bin)?;
+    let mut place = Bin {
+        directory: open(CWD, bin)?,
+        next: 0,
+    };
+    place.take(CWD, top)?;
+    while place.empty_once()? {}
+    drop(place);
+    fs::remove_dir(bin)
+}
+
+struct Bin {
+    directory: OwnedFd,
+    /// The name of the next directory in it, if that is free.
+    next: u64,
+}
+
+impl Bin {
+    fn take(&mut self, parent: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
+        loop {
+            let free = self.next.to_string();
+            self.next += 1;
+            let only = RenameFlags::NOREPLACE;
+            match rustix::fs::renameat_with(&parent, name, &self.directory, free, only) {
+                Ok(()) | Err(Errno::NOENT) => return Ok(()),
+                // Left by a removal that has failed.
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Removes what is in it, but what is moved into it meanwhile. Whether there was anything.
+    fn empty_once(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        for name in names(&self.directory)? {
+            let name = name?;
+            any = true;
+            self.empty(&name)?;
+            rustix::fs::unlinkat(&self.directory, &*name, AtFlags::REMOVEDIR)?;
+        }
+        Ok(any)
+    }
+
+    /// Plain files go first: where the disk is full, they make room for moving.
+    fn empty(&mut self, name: &CStr) -> io::Result<()> {
+        let directory = open(&self.directory, name)?;
+        let mut directories = false;
+        for name in names(&directory)? {
+            match rustix::fs::unlinkat(&directory, &*name?, AtFlags::empty()) {
+                Err(Errno::ISDIR) => directories = true,
+                removed => removed?,
+            }
+        }
+        if !directories {
+            return Ok(());
+        }
+        for name in names(&directory)? {
+            let name = name?;
+            match rustix::fs::unlinkat(&directory, &*name, AtFlags::REMOVEDIR) {
+                Err(Errno::NOTEMPTY) => self.take(&directory, &*name)?,
+                removed => removed?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open(parent: impl AsFd, name: impl rustix::path::Arg) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+}
+
+/// The names in a directory, but those of itself and its parent.
+fn names(
+    directory: &OwnedFd,
+) -> io::Result<impl Iterator<Item = io::Result<std::ffi::CString>> + use<>> {
+    let entries = Dir::read_from(directory)?;
+    Ok(entries.filter_map(|entry| match entry {
+        Ok(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => None,
+        Ok(entry) => Some(Ok(entry.file_name().to_owned())),
+        Err(error) => Some(Err(error.into())),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_of_any_depth_is_removed_and_nothing_beside_it() {
+        let home = tempfile::tempdir().unwrap();
+        let (top, bin) = (home.path().join("top"), home.path().join("bin"));
+        fs::write(home.path().join("kept"), "kept").unwrap();
+        for name in ["top", "top/a", "top/b", "top/b/empty", "top/b/full"] {
+            fs::create_dir(home.path().join(name)).unwrap();
+        }
+        for name in ["top/plain", "top/b/full/plain"] {
+            fs::write(home.path().join(name), "x").unwrap();
+        }
+        std::os::unix::fs::symlink(home.path(), top.join("link")).unwrap();
+        let mut deep = open(CWD, top.join("a")).unwrap();
+        for _ in 0..5000 {
+            rustix::fs::mkdirat(&deep, "d", Mode::RWXU).unwrap();
+            deep = open(&deep, "d").unwrap();
+        }
+        // As an earlier removal leaves it that has failed.
+        fs::create_dir_all(bin.join("0/old")).unwrap();
+        remove(&top, &bin).unwrap();
+        let left: Vec<_> = fs::read_dir(home.path()).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+        assert_eq!(left[0].file_name(), "kept");
+        remove(&top, &bin).unwrap();
+    }
+}
