@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::{image, network};
+use crate::{image, network, streaming};
 
 /// Where the configuration is when the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
@@ -28,6 +28,8 @@ pub struct Config {
     pub registry: image::Registries,
     /// The pods' network.
     pub network: network::Config,
+    /// The streaming server, for exec, attach and port-forward.
+    pub streaming: streaming::Config,
 }
 
 impl Default for Config {
@@ -39,6 +41,7 @@ impl Default for Config {
             vm: Vm::default(),
             registry: image::Registries::default(),
             network: network::Config::default(),
+            streaming: streaming::Config::default(),
         }
     }
 }
@@ -141,6 +144,7 @@ impl Config {
         range("vm.scratch_mib", config.vm.scratch_mib, 64..=16 << 20)?;
         let seconds = config.vm.boot_timeout_seconds;
         range("vm.boot_timeout_seconds", seconds, 1..=3600)?;
+        config.streaming.tls()?;
         for (name, path) in [("root", &config.root), ("run", &config.run)] {
             if !path.is_absolute() {
                 return Err(format!("{name} is {}; it must be absolute", path.display()));
@@ -208,6 +212,9 @@ mod tests {
         refuse("[vm]\nmemory_mib = 1", "memory_mib");
         refuse("[vm]\nvcpus = 65", "vcpus");
         refuse("[vm]\nboot_timeout_seconds = 0", "boot_timeout_seconds");
+        refuse("[streaming]\naddress = \"localhost\"", "address");
+        refuse("[streaming]\nkey = \"/key\"", "streaming.certificate");
+        refuse("[streaming]\ncertificate = \"/pem\"", "streaming.key");
     }
 
     #[test]
