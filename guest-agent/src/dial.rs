@@ -6,6 +6,8 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bulkhead_agent_api::{Greeting, Secret};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -22,6 +24,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Tokio knows no AF_VSOCK; its Unix stream only ever calls read, write and shutdown on the
 /// descriptor, which mean the same for both families.
 pub type Stream = UnixStream;
+
+/// Fails where the other end takes no more bytes: a host that has only ended its own side still does.
+pub fn still_open(stream: &Stream) -> io::Result<()> {
+    match rustix::net::send(stream, &[], SendFlags::NOSIGNAL) {
+        Ok(_) | Err(Errno::AGAIN) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
 
 /// Dials the host and keeps the secret of this boot.
 #[derive(Debug)]

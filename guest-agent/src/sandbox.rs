@@ -1,6 +1,7 @@
 //! The pod's own state: what Prepare sets up, the containers, and the end of all.
 
 mod files;
+mod forward;
 mod prepare;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_agent_api::v1::{CreateContainerRequest, File, InterfaceStats, PrepareRequest};
 use bulkhead_agent_api::{Greeting, Purpose, Secret};
 use rustix::time::{ClockId, Timespec};
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, Semaphore, watch};
 
 use crate::container::apart::Apart;
 use crate::container::plan::{self, Place, Places};
@@ -129,6 +130,8 @@ pub struct Sandbox {
     prepared: OnceLock<Prepared>,
     // Held to look up and insert only. `None`: being made.
     containers: Mutex<BTreeMap<String, Option<Container>>>,
+    /// Connections that may still be forwarded.
+    forwards: Arc<Semaphore>,
 }
 
 impl Sandbox {
@@ -141,6 +144,7 @@ impl Sandbox {
             preparing: AtomicBool::new(false),
             prepared: OnceLock::new(),
             containers: Mutex::default(),
+            forwards: Arc::new(Semaphore::new(forward::MOST)),
         }
     }
 

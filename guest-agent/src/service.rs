@@ -383,6 +383,16 @@ impl Agent for Service {
         Ok(Response::new(api::OpenStreamResponse {}))
     }
 
+    async fn forward(&self, request: Request<api::ForwardRequest>) -> Answer<api::ForwardResponse> {
+        let api::ForwardRequest { port, token } = request.into_inner();
+        let port = u16::try_from(port).unwrap_or(0);
+        if port == 0 {
+            return Err(Status::invalid_argument("a port is from 1 to 65535"));
+        }
+        self.sandbox.forward(port, token).await.map_err(refuse)?;
+        Ok(Response::new(api::ForwardResponse {}))
+    }
+
     async fn stats(&self, _: Request<api::StatsRequest>) -> Answer<api::StatsResponse> {
         Ok(Response::new(stats::look(&self.sandbox).await))
     }

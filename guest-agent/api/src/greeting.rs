@@ -10,7 +10,10 @@
 //! - [`Purpose::Output`]: the agent sends the bytes of the process's output from `offset` on and
 //!   shuts its side down at the end; the host answers with acknowledgements, each the absolute
 //!   offset up to which it has written, 8 bytes little endian.
-//! - [`Purpose::Input`]: the host sends the bytes of stdin and shuts its side down at the end.
+//! - [`Purpose::Input`]: the host sends the bytes of stdin and shuts its side down at the end. A host
+//!   that closes the stream without that has not ended stdin: another stream may follow.
+//! - [`Purpose::Forward`]: the bytes of a connection to a port of the pod, both ways; each side shuts
+//!   its own down at its end.
 
 use crate::VERSION;
 
@@ -53,6 +56,8 @@ pub enum Purpose {
     Output = 2,
     /// Stdin of a process.
     Input = 3,
+    /// A connection to a port of the pod.
+    Forward = 4,
 }
 
 /// The first bytes of a stream, sent by the agent.
@@ -62,7 +67,7 @@ pub struct Greeting {
     pub purpose: Purpose,
     /// [`Secret::NONE`] on the first stream of a boot.
     pub secret: Secret,
-    /// The token of the `OpenStream` call that asked for it; 0 for control.
+    /// The token of the call that asked for it; 0 for control.
     pub token: u64,
     /// Output: the offset of the first byte that follows. Never below the one asked for.
     pub offset: u64,
@@ -108,6 +113,7 @@ impl Greeting {
             1 => Purpose::Control,
             2 => Purpose::Output,
             3 => Purpose::Input,
+            4 => Purpose::Forward,
             other => return Err(GreetingError::Purpose(other)),
         };
         let word = |at: usize| {

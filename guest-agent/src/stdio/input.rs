@@ -4,7 +4,7 @@ use rustix::termios::SpecialCodeIndex;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 
-use crate::dial::Stream;
+use crate::dial::{self, Stream};
 use crate::stdio::End;
 
 /// Most bytes on the way from the host to the process.
@@ -44,8 +44,8 @@ impl Input {
 }
 
 /// Ends when the host shuts its side of a stream down, with the last byte it sent, a newline if
-/// there was none; or with nothing when the process closes its end. A stream that breaks is only
-/// waited to be followed by another.
+/// there was none; or with nothing when the process closes its end. A stream that breaks, or whose
+/// host is gone, is only waited to be followed by another.
 async fn pump(end: &End, mut incoming: mpsc::Receiver<Stream>) -> Option<u8> {
     let mut buffer = vec![0; BUFFER];
     let mut last = b'\n';
@@ -54,14 +54,14 @@ async fn pump(end: &End, mut incoming: mpsc::Receiver<Stream>) -> Option<u8> {
         let next = tokio::select! {
             next = incoming.recv() => next,
             read = stream.read(&mut buffer) => match read {
-                Ok(0) => return Some(last),
+                Ok(0) if dial::still_open(&stream).is_ok() => return Some(last),
+                Ok(0) | Err(_) => incoming.recv().await,
                 Ok(length) => {
                     let bytes = buffer.get(..length).unwrap_or_default();
                     end.write_all(bytes).await.ok()?;
                     last = bytes.last().copied().unwrap_or(last);
                     continue;
                 }
-                Err(_) => incoming.recv().await,
             },
         };
         stream = next?;

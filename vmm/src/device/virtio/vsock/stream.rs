@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
@@ -118,6 +119,10 @@ impl Stream {
             match recv(socket, target, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => {
                     self.readable = false;
+                    // The guest tells an end from a host that is gone by hearing of both at once.
+                    if is_closed(socket) {
+                        self.connection.host_goes_deaf();
+                    }
                     self.connection.host_ends();
                 }
                 Ok((count, _)) => return Some(self.connection.data(count)),
@@ -151,4 +156,11 @@ impl Stream {
             }
         }
     }
+}
+
+/// Whether the other end is closed in both directions.
+fn is_closed(socket: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+    let at_once = Timespec::default();
+    poll(&mut polled, Some(&at_once)).is_ok() && polled[0].revents().contains(PollFlags::HUP)
 }
