@@ -1,5 +1,6 @@
 //! One container of a pod: CRI configuration to OCI spec, output to log, exec.
 
+pub mod attach;
 pub mod capability;
 pub mod device;
 pub mod exec;

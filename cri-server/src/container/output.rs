@@ -6,7 +6,9 @@ use bulkhead_agent_api::v1::Stdio;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use super::attach::{self, Outlet};
 use super::log::{Log, LogError, Splitter, Stream};
+use crate::streaming::Writer;
 
 /// Bytes taken from a stream at a time.
 const CHUNK: usize = 64 << 10;
@@ -23,9 +25,9 @@ pub fn stdio(stream: Stream) -> Stdio {
     }
 }
 
-/// Writes the stream into the log until it ends. The guest keeps what is not acknowledged, and a
-/// byte is acknowledged when the log has it.
-pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, log: Log) {
+/// Writes the stream into the log until it ends, and shows it to those who watch. The guest keeps
+/// what is not acknowledged, and a byte is acknowledged when the log has it.
+pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, outlet: Outlet) {
     let mut splitter = Splitter::new(stream, offset);
     let mut buffer = vec![0; CHUNK];
     let mut ended = false;
@@ -38,20 +40,21 @@ pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, log:
                 0
             }
         };
-        match buffer.get(..count) {
-            Some(bytes) if !bytes.is_empty() => {
-                splitter.push(bytes, SystemTime::now(), &mut lines);
-            }
-            _ => {
+        let bytes = buffer.get(..count).unwrap_or_default();
+        match bytes.is_empty() {
+            false => splitter.push(bytes, SystemTime::now(), &mut lines),
+            true => {
                 splitter.end(SystemTime::now(), &mut lines);
                 ended = true;
             }
         }
-        if lines.is_empty() {
-            continue;
-        }
-        if append(&log, lines).await.is_err() {
+        let complete = !lines.is_empty();
+        if complete && append(&outlet.log, lines).await.is_err() {
             return;
+        }
+        outlet.audience.tell(stream, bytes).await;
+        if !complete {
+            continue;
         }
         let acknowledged = splitter.emitted().to_le_bytes();
         if source.write_all(&acknowledged).await.is_err() && !ended {
@@ -76,6 +79,28 @@ async fn append(log: &Log, lines: Vec<u8>) -> Result<(), LogError> {
         }
     }
     Ok(())
+}
+
+/// Carries the stream to a client until it ends; what the client does not want is dropped. A byte
+/// is acknowledged when the client's connection has it, so that a slow client slows the process.
+pub async fn give(mut source: UnixStream, offset: u64, mut target: Option<Writer>) {
+    let mut total = offset;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let count = match source.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(count) => count,
+        };
+        attach::write(&mut target, buffer.get(..count).unwrap_or_default()).await;
+        total = total.saturating_add(count as u64);
+        if source.write_all(&total.to_le_bytes()).await.is_err() {
+            tracing::debug!("an acknowledgement of output was not taken");
+        }
+    }
+    if let Some(mut writer) = target {
+        // A client that is gone is seen elsewhere.
+        let _ = writer.shutdown().await;
+    }
 }
 
 /// Collects the stream, keeping its first `limit` bytes and dropping the rest.
@@ -107,7 +132,8 @@ mod tests {
         let path = directory.path().join("0.log");
         let log = Log::open(Some(path.clone())).await.unwrap();
         let (mut guest, host) = UnixStream::pair().unwrap();
-        let writer = tokio::spawn(write_log(host, Stream::Stdout, 10, log));
+        let outlet = Outlet::new(log);
+        let writer = tokio::spawn(write_log(host, Stream::Stdout, 10, outlet));
         guest.write_all(b"one\ntw").await.unwrap();
         assert_eq!(guest.read_u64_le().await.unwrap(), 14);
         let text = std::fs::read_to_string(&path).unwrap();

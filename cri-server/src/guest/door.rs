@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use bulkhead_agent_api::v1::Stdio;
 use bulkhead_agent_api::{GREETING_BYTES, Greeting, Purpose, Secret};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -93,12 +92,8 @@ impl Door {
         }
     }
 
-    /// Announces a stream of a process.
-    pub fn expect(self: &Arc<Self>, stdio: Stdio) -> (Token, oneshot::Receiver<Arrival>) {
-        let purpose = match stdio {
-            Stdio::Stdin => Purpose::Input,
-            _ => Purpose::Output,
-        };
+    /// Announces a stream.
+    pub fn expect(self: &Arc<Self>, purpose: Purpose) -> (Token, oneshot::Receiver<Arrival>) {
         let number = self.tokens.fetch_add(1, Ordering::Relaxed);
         let (arrival, arrived) = oneshot::channel();
         locked(&self.expected).insert(number, Expected { purpose, arrival });
@@ -213,7 +208,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_goes_only_to_the_one_who_waits_for_it() {
         let door = Arc::new(Door::new(SECRET, true));
-        let (token, arrival) = door.expect(Stdio::Stdout);
+        let (token, arrival) = door.expect(Purpose::Output);
         let number = token.number();
         let input = greeting(Purpose::Input, SECRET, number);
         assert!(admit(&door, &input).await.0.is_err());
@@ -230,7 +225,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_waits_any_more_once_the_token_is_dropped() {
         let door = Arc::new(Door::new(SECRET, true));
-        let (token, _arrival) = door.expect(Stdio::Stdout);
+        let (token, _arrival) = door.expect(Purpose::Output);
         let right = greeting(Purpose::Output, SECRET, token.number());
         drop(token);
         assert!(admit(&door, &right).await.0.is_err());

@@ -8,9 +8,9 @@ mod door;
 use std::future::Future;
 use std::sync::Arc;
 
-use bulkhead_agent_api::Secret;
 use bulkhead_agent_api::v1::agent_client::AgentClient;
 use bulkhead_agent_api::v1::{self, Stdio};
+use bulkhead_agent_api::{Purpose, Secret};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, mpsc};
@@ -130,32 +130,69 @@ impl Guest {
         offset: u64,
         deadline: Deadline,
     ) -> Result<(UnixStream, u64), GuestError> {
-        let late = |_| GuestError::Late("open a stream");
+        let purpose = match stdio {
+            Stdio::Stdin => Purpose::Input,
+            _ => Purpose::Output,
+        };
+        let request = |token| v1::OpenStreamRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            stdio: stdio.into(),
+            token,
+            offset,
+        };
+        let call = "open a stream";
+        let opened = self.dialled(call, purpose, deadline, async |mut client, token| {
+            client.open_stream(request(token)).await.map(drop)
+        });
+        let (stream, first) = opened.await?;
+        if first < offset {
+            return Err(GuestError::Refused {
+                call,
+                status: Status::data_loss(format!(
+                    "offset {offset} was asked for and {first} came"
+                )),
+            });
+        }
+        Ok((stream, first))
+    }
+
+    /// A connection to a port of the pod's loopback.
+    pub async fn forward(&self, port: u16, deadline: Deadline) -> Result<UnixStream, GuestError> {
+        let port = port.into();
+        let call = "forward a connection";
+        let opened = self.dialled(
+            call,
+            Purpose::Forward,
+            deadline,
+            async |mut client, token| {
+                let request = v1::ForwardRequest { port, token };
+                client.forward(request).await.map(drop)
+            },
+        );
+        Ok(opened.await?.0)
+    }
+
+    /// Asks the agent to dial, and waits for the stream.
+    async fn dialled(
+        &self,
+        call: &'static str,
+        purpose: Purpose,
+        deadline: Deadline,
+        ask: impl AsyncFnOnce(AgentClient<Channel>, u64) -> Result<(), Status>,
+    ) -> Result<(UnixStream, u64), GuestError> {
+        let late = |Passed| GuestError::Late(call);
         // Never closed, so that only the time can run out.
         let _turn = deadline
             .bound(self.openings.acquire())
             .await
             .map_err(late)?;
-        let (token, arrival) = self.door.expect(stdio);
-        let request = v1::OpenStreamRequest {
-            container_id: container_id.to_owned(),
-            exec_id: exec_id.to_owned(),
-            stdio: stdio.into(),
-            token: token.number(),
-            offset,
-        };
-        let mut client = self.client.clone();
-        answer("open a stream", deadline, client.open_stream(request)).await?;
-        match deadline.bound(arrival).await {
-            Ok(Ok((_, first))) if first < offset => Err(GuestError::Refused {
-                call: "open a stream",
-                status: Status::data_loss(format!(
-                    "offset {offset} was asked for and {first} came"
-                )),
-            }),
-            Ok(Ok(arrived)) => Ok(arrived),
-            Ok(Err(_)) | Err(Passed) => Err(GuestError::Late("open a stream")),
-        }
+        let (token, arrival) = self.door.expect(purpose);
+        let asked = ask(self.client.clone(), token.number());
+        let asked = deadline.bound(asked).await.map_err(late)?;
+        asked.map_err(|status| GuestError::Refused { call, status })?;
+        let arrived = deadline.bound(arrival).await.map_err(late)?;
+        arrived.map_err(|_| GuestError::Late(call))
     }
 }
 
@@ -212,6 +249,8 @@ calls! {
     stats, stats: StatsRequest => StatsResponse, "tell its containers' figures";
     /// Tells what the agent itself uses.
     usage, usage: UsageRequest => UsageResponse, "tell what it uses";
+    /// Gives a terminal a size.
+    resize, resize: ResizeRequest => ResizeResponse, "resize the terminal";
     /// Starts a process in a container.
     exec, exec: ExecRequest => ExecResponse, "run the command";
     /// Forgets an exec, killing it first.

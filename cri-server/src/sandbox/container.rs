@@ -10,11 +10,12 @@ use super::SandboxError;
 use super::boot::{Live, blocking};
 use super::host::{self, new_id};
 use super::image::{self, Resolved};
-use super::output::Streams;
+use super::output::{Streams, outlet};
 use super::owner::Owner;
 use super::pod::running;
 use super::record::{Container, Disk, User};
 use super::state::{ContainerState, PodState};
+use crate::container::attach::Attachment;
 use crate::container::file::Copied;
 use crate::container::log::Log;
 use crate::container::spec::{self, Plan, SpecError};
@@ -229,10 +230,11 @@ impl Owner {
                     // The guest's clock may lag behind the host's.
                     started_at: started.started_at_nanoseconds.max(created_at),
                 };
-                self.logs.insert(id.to_owned(), log.clone());
+                let outlet = outlet(&live, container, log);
+                self.outlets.insert(id.to_owned(), outlet.clone());
                 self.commit().await;
                 let report = self.report.clone();
-                tokio::spawn(streams.follow(live, id.to_owned(), log, report));
+                tokio::spawn(streams.follow(live, id.to_owned(), outlet, report));
                 Ok(())
             }
             Err(error) => {
@@ -299,11 +301,12 @@ impl Owner {
             Log::missing(path)
         });
         let (terminal, copies) = (container.config.tty, container.copies.clone());
-        self.logs.insert(id.to_owned(), log.clone());
+        let outlet = outlet(live, container, log);
+        self.outlets.insert(id.to_owned(), outlet.clone());
         let (live, id, report) = (Arc::clone(live), id.to_owned(), self.report.clone());
         tokio::spawn(async move {
             let streams = Streams::open_again(&live, &id, terminal, copies).await;
-            streams.follow(live, id, log, report).await;
+            streams.follow(live, id, outlet, report).await;
         });
     }
 
@@ -408,12 +411,21 @@ impl Owner {
         }
     }
 
+    /// A running container's output from now on, and its input.
+    pub(super) fn attach_to(&self, id: &str) -> Result<Attachment, SandboxError> {
+        let container = self.record.containers.get(id);
+        running(container.ok_or_else(|| SandboxError::no_container(id))?)?;
+        let outlet = self.outlets.get(id);
+        let missing = || SandboxError::Broken(format!("nobody follows the container {id}"));
+        Ok(outlet.ok_or_else(missing)?.attach())
+    }
+
     /// Makes a running container's log anew.
     pub(super) async fn reopen_log(&mut self, id: &str) -> Result<(), SandboxError> {
         let container = self.record.containers.get(id);
         running(container.ok_or_else(|| SandboxError::no_container(id))?)?;
-        match self.logs.get(id) {
-            Some(log) => Ok(log.reopen().await?),
+        match self.outlets.get(id) {
+            Some(outlet) => Ok(outlet.log.reopen().await?),
             None => Ok(()),
         }
     }

@@ -9,6 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::boot::{Live, blocking};
 use super::owner::Event;
+use super::record::Container;
+use crate::container::attach::Outlet;
 use crate::container::file::Copied;
 use crate::container::log::{Log, Stream};
 use crate::container::{file, output};
@@ -96,12 +98,12 @@ impl Streams {
         self,
         live: Arc<Live>,
         id: String,
-        log: Log,
+        outlet: Outlet,
         report: mpsc::Sender<Event>,
     ) {
         let write = async |opened, stream| {
             if let Some((source, offset)) = opened {
-                output::write_log(source, stream, offset, log.clone()).await;
+                output::write_log(source, stream, offset, outlet.clone()).await;
             }
         };
         let written = async {
@@ -135,8 +137,18 @@ impl Streams {
         if exit.is_ok() && !self.copies.is_empty() {
             bring_back(&live, &id, self.copies).await;
         }
+        // Those who watch are told of the end when the last copy is dropped.
+        drop(outlet);
         // The owner may be gone, and the pod with it.
         let _ = report.send(Event::Exited { id, exit }).await;
+    }
+}
+
+/// Where the output of a container goes, and its input comes from.
+pub(super) fn outlet(live: &Live, container: &Container, log: Log) -> Outlet {
+    match container.config.stdin || container.config.tty {
+        true => Outlet::with_input(log, &live.guest, &container.id),
+        false => Outlet::new(log),
     }
 }
 

@@ -15,7 +15,7 @@ use super::pod::{KILL, Pod, View};
 use super::record::Record;
 use super::state::{ContainerState, PodState};
 use super::{Place, SandboxError, Views};
-use crate::container::log::Log;
+use crate::container::attach::{Attachment, Outlet};
 use crate::deadline::Deadline;
 use crate::guest::Guest;
 use crate::image::Lease;
@@ -54,6 +54,8 @@ pub enum Request {
     RemoveContainer(String, Answer<()>),
     /// Make a log anew.
     ReopenLog(String, Answer<()>),
+    /// Let a client watch one and type into it.
+    Attach(String, Answer<Attachment>),
     /// End the pod.
     Stop(Answer<()>),
     /// End and forget the pod.
@@ -78,7 +80,7 @@ pub struct Owner {
     pub(super) record: Record,
     pub(super) live: Option<Arc<Live>>,
     /// By container id, while they run.
-    pub(super) logs: HashMap<String, Log>,
+    pub(super) outlets: HashMap<String, Outlet>,
     /// What keeps the images of this pod from being removed, by image id.
     pub(super) leases: HashMap<String, Lease>,
     pub(super) report: mpsc::Sender<Event>,
@@ -152,7 +154,7 @@ impl Owner {
             host,
             record,
             live: None,
-            logs: HashMap::new(),
+            outlets: HashMap::new(),
             leases: HashMap::new(),
             report,
             events,
@@ -307,6 +309,9 @@ impl Owner {
             Request::ReopenLog(id, reply) => {
                 let _ = reply.send(self.reopen_log(&id).await);
             }
+            Request::Attach(id, reply) => {
+                let _ = reply.send(self.attach_to(&id));
+            }
             Request::Stop(reply) | Request::Remove(reply) => {
                 let _ = reply.send(self.stop().await);
             }
@@ -315,7 +320,7 @@ impl Owner {
 
     async fn event(&mut self, event: Event) {
         let Event::Exited { id, exit } = event;
-        self.logs.remove(&id);
+        self.outlets.remove(&id);
         let Some(container) = self.record.containers.get_mut(&id) else {
             return;
         };
@@ -373,7 +378,7 @@ impl Owner {
 
     /// The pod's VM is gone.
     async fn lose(&mut self, reason: String) {
-        self.logs.clear();
+        self.outlets.clear();
         for container in self.record.containers.values_mut() {
             let message = format!("the pod's VM is gone: {reason}");
             container.state.lose(host::now(), message);

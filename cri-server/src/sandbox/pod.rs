@@ -8,6 +8,7 @@ use bulkhead_agent_api::v1::{
 };
 use bulkhead_cri_api::v1 as cri;
 use bulkhead_vmm_api::InterfaceCounters;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::SandboxError;
@@ -16,9 +17,12 @@ use super::host::{Host, new_id};
 use super::owner::{Answer, Request};
 use super::record::{Container, Record};
 use super::state::{ContainerState, PodState};
+use crate::container::attach::{self, Terms};
 use crate::container::exec::{self, Command, Output};
 use crate::container::spec::exec_process;
 use crate::deadline::{Deadline, Passed};
+use crate::guest::Guest;
+use crate::streaming::{Outcome, Session};
 use crate::vm;
 
 /// Linux' number of the signal that cannot be caught.
@@ -26,6 +30,8 @@ pub const KILL: u32 = 9;
 /// How long a killed container's end, its log included, is awaited.
 const END: Duration = Duration::from_secs(30);
 
+/// How long a program of the pod may take to have a connection.
+const FORWARD: Duration = Duration::from_secs(20);
 /// How long the guest may take to tell figures.
 const FIGURES: Duration = Duration::from_secs(2);
 
@@ -255,16 +261,82 @@ impl Pod {
         line: &[String],
         limit: Deadline,
     ) -> Result<Output, SandboxError> {
+        let (guest, command) = self.command(id, line, false)?;
+        Ok(exec::run(guest, command, limit).await?)
+    }
+
+    /// Refuses a command that cannot be run, as far as that is known without running it.
+    pub fn check_exec(&self, id: &str, line: &[String]) -> Result<(), SandboxError> {
+        self.command(id, line, false).map(drop)
+    }
+
+    /// Runs a command in a running container for a client (CRI `Exec`).
+    pub async fn exec_for(
+        &self,
+        id: &str,
+        line: &[String],
+        terminal: bool,
+        session: Session,
+    ) -> Outcome {
+        match self.command(id, line, terminal) {
+            Ok((guest, command)) => exec::attend(guest, command, session).await,
+            Err(error) => Outcome::Failed(error.to_string()),
+        }
+    }
+
+    fn command(
+        &self,
+        id: &str,
+        line: &[String],
+        terminal: bool,
+    ) -> Result<(Arc<Guest>, Command), SandboxError> {
         let view = self.view();
         let container = view.container(id)?;
         running(container)?;
         let command = Command {
             container_id: id.to_owned(),
             exec_id: new_id()?,
-            process: exec_process(&container.process, line, false)?,
+            process: exec_process(&container.process, line, terminal)?,
         };
-        let guest = Arc::clone(&view.live()?.guest);
-        Ok(exec::run(guest, command, limit).await?)
+        Ok((Arc::clone(&view.live()?.guest), command))
+    }
+
+    /// Refuses a container that does not run.
+    pub fn check_attach(&self, id: &str) -> Result<(), SandboxError> {
+        running(self.view().container(id)?)
+    }
+
+    /// Joins a client with a running container until one of them ends (CRI `Attach`).
+    pub async fn attach_for(&self, id: &str, session: Session) -> Outcome {
+        let view = self.view();
+        let prepared = async {
+            let config = &view.container(id)?.config;
+            let terms = Terms {
+                id: id.to_owned(),
+                stdin_once: config.stdin_once,
+                terminal: config.tty,
+            };
+            let guest = Arc::clone(&view.live()?.guest);
+            let asked = self.ask(|reply| Request::Attach(id.to_owned(), reply));
+            Ok::<_, SandboxError>((asked.await?, guest, terms))
+        };
+        match prepared.await {
+            Ok((attachment, guest, terms)) => {
+                attach::attend(attachment, guest, terms, session).await
+            }
+            Err(error) => Outcome::Failed(error.to_string()),
+        }
+    }
+
+    /// Refuses a pod that is not ready.
+    pub fn check_forward(&self) -> Result<(), SandboxError> {
+        self.view().live().map(drop)
+    }
+
+    /// A connection to a port of the pod's loopback (CRI `PortForward`).
+    pub async fn forward(&self, port: u16) -> Result<UnixStream, SandboxError> {
+        let guest = Arc::clone(&self.view().live()?.guest);
+        Ok(guest.forward(port, Deadline::after(FORWARD)).await?)
     }
 
     async fn signal(

@@ -7,6 +7,7 @@ mod list;
 mod readiness;
 mod runtime;
 mod status;
+mod stream;
 mod translate;
 
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -29,6 +30,7 @@ use crate::image::{ImageError, ImageStore};
 use crate::network::{Network, NetworkError};
 use crate::pulls::Pulls;
 use crate::sandbox::{Host, SandboxError, Sandboxes};
+use crate::streaming::{ListenError, Streaming};
 
 /// The largest message that is taken or given, in bytes (the kubelet's bound).
 const LARGEST_MESSAGE: usize = 16 << 20;
@@ -43,6 +45,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// Exec, attach and port-forward cannot be served.
+    #[error("{0}; see [streaming] of the configuration")]
+    Streaming(#[from] ListenError),
     /// Another server has the state.
     #[error("Another server uses {root}; stop it, or give this one a root of its own")]
     Taken {
@@ -113,6 +118,7 @@ pub async fn serve_until(
     }
     let _lock = lock(&config.root)?;
     let network = Network::open(config.network.clone(), &config.root, &config.run).await?;
+    let (streaming, streams) = Streaming::listen(&config.streaming).await?;
     let (root, registries) = (config.root.clone(), config.registry.clone());
     let images = tokio::task::spawn_blocking(move || ImageStore::open(&root, registries))
         .await
@@ -146,7 +152,7 @@ pub async fn serve_until(
         }
     });
 
-    let runtime = RuntimeServiceServer::new(runtime::Runtime::new(sandboxes))
+    let runtime = RuntimeServiceServer::new(runtime::Runtime::new(sandboxes, streaming))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_ANSWER);
     let pulls = Pulls::new();
@@ -172,6 +178,7 @@ pub async fn serve_until(
     };
     let served = tokio::select! {
         served = server => served.map_err(ServeError::from),
+        () = streams => Ok(()),
         () = farewell => Ok(()),
     };
     // A later server replaces it anyway.

@@ -8,10 +8,11 @@ use bulkhead_cri_api::v1::runtime_service_server::RuntimeService;
 use tonic::{Request, Response, Status};
 
 use super::list::{self, Parts, in_parts};
-use super::{edge, event, readiness, status, translate};
+use super::{edge, event, readiness, status, stream, translate};
 use crate::deadline::Deadline;
 use crate::sandbox::{Container, HANDLER, SandboxError, Sandboxes, View};
 use crate::stats::{self, Stats};
+use crate::streaming::{Kind, Streaming, Task};
 
 /// The version of the kubelet's runtime interface that `Version` has to name.
 const KUBELET_API: &str = "0.1.0";
@@ -21,6 +22,7 @@ const RUNTIME_API: &str = "v1";
 pub struct Runtime {
     sandboxes: Sandboxes,
     stats: Stats,
+    streaming: Streaming,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -28,12 +30,18 @@ type Answer<T> = Result<Response<T>, Status>;
 type Pending<'a, T> = Pin<Box<dyn Future<Output = Answer<T>> + Send + 'a>>;
 
 impl Runtime {
-    /// Serves these pods.
-    pub fn new(sandboxes: Sandboxes) -> Self {
+    /// Serves these pods, and what goes over streams by way of `streaming`.
+    pub fn new(sandboxes: Sandboxes, streaming: Streaming) -> Self {
         Self {
             stats: Stats::new(sandboxes.clone()),
             sandboxes,
+            streaming,
         }
+    }
+
+    fn url(&self, kind: Kind, task: Task) -> Result<String, Status> {
+        let url = self.streaming.url(kind, task);
+        url.map_err(|error| Status::resource_exhausted(error.to_string()))
     }
 
     async fn container_figures(
@@ -345,10 +353,51 @@ impl RuntimeService for Runtime {
         }))
     }
 
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let request = request.into_inner();
+        let cri::ExecRequest {
+            stdin,
+            stdout,
+            stderr,
+            tty,
+            ..
+        } = request;
+        let wanted = stream::wanted(stdin, stdout, stderr, tty)?;
+        let (pod, id) = self.container(&request.container_id)?;
+        answer(pod.check_exec(&id, &request.cmd))?;
+        let url = self.url(Kind::Exec, stream::exec(pod, id, request.cmd, wanted))?;
+        Ok(Response::new(cri::ExecResponse { url }))
+    }
+
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let request = request.into_inner();
+        let cri::AttachRequest {
+            stdin,
+            stdout,
+            stderr,
+            tty,
+            ..
+        } = request;
+        let wanted = stream::wanted(stdin, stdout, stderr, tty)?;
+        let (pod, id) = self.container(&request.container_id)?;
+        answer(pod.check_attach(&id))?;
+        let url = self.url(Kind::Attach, stream::attach(pod, id, wanted))?;
+        Ok(Response::new(cri::AttachResponse { url }))
+    }
+
+    async fn port_forward(
+        &self,
+        request: Request<cri::PortForwardRequest>,
+    ) -> Answer<cri::PortForwardResponse> {
+        let request = request.into_inner();
+        let ports = stream::ports(&request)?;
+        let pod = self.pod(&request.pod_sandbox_id)?;
+        answer(pod.check_forward())?;
+        let url = self.url(Kind::PortForward, stream::forward(pod, ports))?;
+        Ok(Response::new(cri::PortForwardResponse { url }))
+    }
+
     not_yet! {
-        exec: ExecRequest => ExecResponse, "Exec";
-        attach: AttachRequest => AttachResponse, "Attach";
-        port_forward: PortForwardRequest => PortForwardResponse, "PortForward";
         checkpoint_container: CheckpointContainerRequest => CheckpointContainerResponse,
             "CheckpointContainer";
     }

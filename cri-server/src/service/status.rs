@@ -73,7 +73,9 @@ fn code(error: &SandboxError) -> Code {
         | SandboxError::Scratch(_)
         | SandboxError::Record(_)
         | SandboxError::Log(_)
-        | SandboxError::Exec(ExecError::Describe(_) | ExecError::NoExit) => Code::Internal,
+        | SandboxError::Exec(ExecError::Describe(_) | ExecError::NoExit | ExecError::Gone) => {
+            Code::Internal
+        }
     }
 }
 

@@ -90,8 +90,7 @@ impl Streaming {
         }))
     }
 
-    /// A URL at which a client gets `task` done, once, within a minute. A port-forward's ports, if
-    /// they are known, may be appended as `?port=80&port=443` for clients that speak WebSocket.
+    /// A URL at which a client gets `task` done, once, within a minute.
     pub fn url(&self, kind: Kind, task: Task) -> Result<String, Full> {
         let token = self.tokens.add(kind, task, Instant::now())?;
         Ok(format!("{}/{kind}/{token}", self.base))

@@ -99,7 +99,10 @@ pub struct Forward {
 pub enum Task {
     /// An exec or attach. Output must have been written before the outcome is given.
     Streams(Wanted, Box<dyn FnOnce(Session) -> Boxed<Outcome> + Send>),
-    /// A port-forward: connections come as long as the client's connection lasts, then the future
-    /// is dropped.
-    Forward(Box<dyn FnOnce(mpsc::Receiver<Forward>) -> Boxed<()> + Send>),
+    /// A port-forward to these ports, which only clients that speak WebSocket do not name again:
+    /// connections come as long as the client's connection lasts, then the future is dropped.
+    Forward(
+        Vec<u16>,
+        Box<dyn FnOnce(mpsc::Receiver<Forward>) -> Boxed<()> + Send>,
+    ),
 }

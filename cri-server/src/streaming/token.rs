@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     fn task() -> Task {
-        Task::Forward(Box::new(|_| Box::pin(async {})))
+        Task::Forward(Vec::new(), Box::new(|_| Box::pin(async {})))
     }
 
     #[test]

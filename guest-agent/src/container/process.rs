@@ -183,14 +183,14 @@ async fn end(mut ending: Ending, mut outputs: Outputs, closings: Vec<Closing>) -
         emptied(&ending.cgroup).await;
     }
     let oom_killed = ending.last && ending.cgroup.oom_kills() > 0;
-    let mut lost_bytes = drained(&mut outputs, &mut ending.attended).await;
+    let mut lost_bytes = drained(&mut outputs, &mut ending.attended, ending.last).await;
     if ending.last && !ended(&outputs) {
         // Nobody of the container is left: another of the pod holds its output open, and could
         // keep the container from ending. What an exec has left behind may write on.
         for closing in closings {
             closing.close().await;
         }
-        lost_bytes = drained(&mut outputs, &mut ending.attended).await;
+        lost_bytes = drained(&mut outputs, &mut ending.attended, true).await;
     }
     Exit {
         code,
@@ -216,8 +216,13 @@ fn ended((first, second): &Outputs) -> bool {
 /// Waits until the host has all output, and says how much it does not have.
 ///
 /// Time counts only while a server is there; each acknowledgement starts it anew, once nobody
-/// can write any more.
-async fn drained((first, second): &mut Outputs, attended: &mut watch::Receiver<bool>) -> u64 {
+/// can write any more. What is written is given up only if `hurried`: others wait for the end of a
+/// container, and only its own client, who may read slowly, for that of an exec.
+async fn drained(
+    (first, second): &mut Outputs,
+    attended: &mut watch::Receiver<bool>,
+    hurried: bool,
+) -> u64 {
     let mut deadline = Instant::now() + DRAIN;
     let mut taken = 0;
     loop {
@@ -243,7 +248,7 @@ async fn drained((first, second): &mut Outputs, attended: &mut watch::Receiver<b
                 Ok(()) => deadline = Instant::now() + DRAIN,
                 Err(_) => return lost,
             },
-            () = tokio::time::sleep_until(deadline), if there => return lost,
+            () = tokio::time::sleep_until(deadline), if there && (hurried || lost == 0) => return lost,
         }
     }
 }
@@ -275,7 +280,7 @@ mod tests {
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (_there, mut attended) = watch::channel(true);
         let mut outputs = (first, Some(second));
-        assert_eq!(drained(&mut outputs, &mut attended).await, 6);
+        assert_eq!(drained(&mut outputs, &mut attended, true).await, 6);
     }
 
     #[tokio::test(start_paused = true)]
@@ -284,7 +289,7 @@ mod tests {
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (there, mut attended) = watch::channel(false);
         let mut outputs = (first, Some(second));
-        let drain = tokio::spawn(async move { drained(&mut outputs, &mut attended).await });
+        let drain = tokio::spawn(async move { drained(&mut outputs, &mut attended, true).await });
         tokio::time::sleep(DRAIN * 100).await;
         there.send_replace(true);
         out.send_replace(progress(true, 10, 10));
@@ -297,6 +302,17 @@ mod tests {
         let (_err, second) = watch::channel(progress(true, 0, 0));
         let (_there, mut attended) = watch::channel(true);
         let mut outputs = (first, Some(second));
-        assert_eq!(drained(&mut outputs, &mut attended).await, 0);
+        assert_eq!(drained(&mut outputs, &mut attended, true).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_client_of_an_exec_loses_nothing() {
+        let (out, first) = watch::channel(progress(true, 10, 4));
+        let (_there, mut attended) = watch::channel(true);
+        let mut outputs = (first, None);
+        let drain = tokio::spawn(async move { drained(&mut outputs, &mut attended, false).await });
+        tokio::time::sleep(DRAIN * 100).await;
+        out.send_replace(progress(true, 10, 10));
+        assert_eq!(drain.await.unwrap(), 0);
     }
 }
