@@ -3,14 +3,17 @@
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::cri::refused;
-use bulkhead_tests::request::{Pod, pod_resources, resources, security, shell, sleeper};
-use bulkhead_tests::{Node, suite};
+use bulkhead_tests::request::{
+    Pod, pod_resources, pod_security, resources, security, shell, sleeper,
+};
+use bulkhead_tests::{Node, log, suite};
 use tonic::Code;
 
 suite! {
     processors_are_those_of_the_cgroup,
     disks_are_limited_by_their_numbers,
     stop_ends_what_forks_faster_than_it_is_killed,
+    groups_of_a_container_go_with_it_at_any_depth,
 }
 
 fn unified(config: &mut ContainerConfig, file: &str, value: &str) {
@@ -96,5 +99,26 @@ fn stop_ends_what_forks_faster_than_it_is_killed(node: &Node) -> Result<()> {
     let status = pod.cri.wait(&id)?;
     ensure!(status.exit_code == 137, "{status:?}");
     ensure!(!forks()?, "processes of an ended container go on");
+    Ok(())
+}
+
+fn groups_of_a_container_go_with_it_at_any_depth(node: &Node) -> Result<()> {
+    let mut config = node.pod_config("groups")?;
+    pod_security(&mut config).privileged = true;
+    let pod = Pod::run(node.cri()?, config)?;
+    let image = node.base()?;
+    // Some at every level, and a process in the last.
+    let line = "cd /sys/fs/cgroup && for level in $(seq 50); do \
+                mkdir before down later && cd down || exit; done; echo $$ > cgroup.procs && echo made; \
+                exec sleep 6545";
+    let mut config = shell("deep", &image, line);
+    security(&mut config).privileged = true;
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
+    let id = pod.start(&config)?;
+    log::wait_for(&pod.log_path(&config), "made\n")?;
+    pod.cri.stop(&id, 0)?;
+    pod.cri.remove(&id)?;
+    let said = pod.cri.shell(&neighbour, "echo fine")?;
+    ensure!(said == "fine", "{said:?}");
     Ok(())
 }

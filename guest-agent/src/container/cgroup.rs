@@ -14,6 +14,7 @@ use std::io::{Error as IoError, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use crate::container::spec::Resources;
+use crate::container::tree;
 
 /// The group of all containers of the pod.
 pub const POD: &str = "/sys/fs/cgroup/pod";
@@ -227,7 +228,7 @@ impl Cgroup {
 
     /// Removes it with the groups a process made in it.
     pub fn remove(&self) -> Result<(), CgroupError> {
-        remove(&self.path, 0).map_err(|source| CgroupError::Directory {
+        tree::remove_groups(&self.path).map_err(|source| CgroupError::Directory {
             what: "remove",
             path: self.path.clone(),
             source,
@@ -302,19 +303,6 @@ fn field(text: &str, name: &str) -> Option<u64> {
 /// "max" for no limit.
 fn limit(value: Option<u64>) -> String {
     value.map_or_else(|| "max".into(), |value| value.to_string())
-}
-
-fn remove(path: &Path, depth: usize) -> Result<(), IoError> {
-    const DEEPEST: usize = 32;
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if depth < DEEPEST && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove(&entry.path(), depth + 1)?;
-        }
-    }
-    match fs::remove_dir(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The removal of a directory with all that a container has put into it.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,6 +24,49 @@ pub fn remove(top: &Path, bin: &Path) -> io::Result<()> {
     while place.empty_once()? {}
     drop(place);
     fs::remove_dir(bin)
+}
+
+/// Removes the control group at `top` with those below it, however deep they are. Its own files go
+/// with a group, and groups cannot be moved: one descriptor walks down to the last one and up again.
+pub fn remove_groups(top: &Path) -> io::Result<()> {
+    let mut at = match open(CWD, top) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
+    };
+    let mut depth = 0_u64;
+    let mut emptied = None;
+    loop {
+        match first_full(&at)? {
+            Some(child) => {
+                let child = open(&at, &*child)?;
+                // What keeps it is no group.
+                if emptied == Some(rustix::fs::fstat(&child)?.st_ino) {
+                    return Err(Errno::BUSY.into());
+                }
+                (at, depth) = (child, depth + 1);
+            }
+            None if depth == 0 => break,
+            None => {
+                emptied = Some(rustix::fs::fstat(&at)?.st_ino);
+                (at, depth) = (open(&at, "..")?, depth - 1);
+            }
+        }
+    }
+    drop(at);
+    fs::remove_dir(top)
+}
+
+/// Removes the empty directories in a directory up to the first that is not empty.
+fn first_full(directory: &OwnedFd) -> io::Result<Option<CString>> {
+    for name in names(directory)? {
+        let name = name?;
+        match rustix::fs::unlinkat(directory, &*name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(Errno::BUSY | Errno::NOTEMPTY) => return Ok(Some(name)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
 }
 
 struct Bin {
@@ -89,9 +132,7 @@ fn open(parent: impl AsFd, name: impl rustix::path::Arg) -> io::Result<OwnedFd> 
 }
 
 /// The names in a directory, but those of itself and its parent.
-fn names(
-    directory: &OwnedFd,
-) -> io::Result<impl Iterator<Item = io::Result<std::ffi::CString>> + use<>> {
+fn names(directory: &OwnedFd) -> io::Result<impl Iterator<Item = io::Result<CString>> + use<>> {
     let entries = Dir::read_from(directory)?;
     Ok(entries.filter_map(|entry| match entry {
         Ok(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => None,
@@ -103,6 +144,15 @@ fn names(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// More levels than a process usually has descriptors.
+    fn nest(top: &Path) {
+        let mut deep = open(CWD, top).unwrap();
+        for _ in 0..1100 {
+            rustix::fs::mkdirat(&deep, "d", Mode::RWXU).unwrap();
+            deep = open(&deep, "d").unwrap();
+        }
+    }
 
     #[test]
     fn a_tree_of_any_depth_is_removed_and_nothing_beside_it() {
@@ -116,11 +166,7 @@ mod tests {
             fs::write(home.path().join(name), "x").unwrap();
         }
         std::os::unix::fs::symlink(home.path(), top.join("link")).unwrap();
-        let mut deep = open(CWD, top.join("a")).unwrap();
-        for _ in 0..5000 {
-            rustix::fs::mkdirat(&deep, "d", Mode::RWXU).unwrap();
-            deep = open(&deep, "d").unwrap();
-        }
+        nest(&top.join("a"));
         // As an earlier removal leaves it that has failed.
         fs::create_dir_all(bin.join("0/old")).unwrap();
         remove(&top, &bin).unwrap();
@@ -128,5 +174,23 @@ mod tests {
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(left[0].file_name(), "kept");
         remove(&top, &bin).unwrap();
+    }
+    #[test]
+    fn groups_are_removed_at_any_depth_and_what_holds_one_is_told() {
+        let home = tempfile::tempdir().unwrap();
+        let top = home.path().join("top");
+        for name in ["a", "b/c/d", "b/e", "f/g"] {
+            fs::create_dir_all(top.join(name)).unwrap();
+        }
+        nest(&top.join("b/c/d"));
+        // A plain file stands for a process: neither goes with its group.
+        fs::write(top.join("b/e/process"), "").unwrap();
+        let refused = remove_groups(&top).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        fs::remove_file(top.join("b/e/process")).unwrap();
+        for _ in 0..2 {
+            remove_groups(&top).unwrap();
+            assert!(!top.exists());
+        }
     }
 }
