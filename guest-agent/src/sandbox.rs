@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_agent_api::v1::{CreateContainerRequest, File, InterfaceStats, PrepareRequest};
+use bulkhead_agent_api::v1::{
+    ChangedFilesResponse, CreateContainerRequest, File, InterfaceStats, PrepareRequest,
+};
 use bulkhead_agent_api::{Greeting, Purpose, Secret};
 use rustix::time::{ClockId, Timespec};
 use tokio::sync::{OnceCell, Semaphore, watch};
@@ -301,7 +303,7 @@ impl Sandbox {
     }
 
     /// What a container that has ended has written to the files made for it.
-    pub async fn changed_files(&self, id: &str) -> Result<Vec<File>, SandboxError> {
+    pub async fn changed_files(&self, id: &str) -> Result<ChangedFilesResponse, SandboxError> {
         let container = self.container(id)?;
         let (State::Exited(_), _) = container.state().await? else {
             let what = format!("container {id} has not exited");

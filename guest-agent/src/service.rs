@@ -319,8 +319,8 @@ impl Agent for Service {
         request: Request<api::ChangedFilesRequest>,
     ) -> Answer<api::ChangedFilesResponse> {
         let id = request.into_inner().container_id;
-        let files = self.sandbox.changed_files(&id).await.map_err(refuse)?;
-        Ok(Response::new(api::ChangedFilesResponse { files }))
+        let changed = self.sandbox.changed_files(&id).await.map_err(refuse)?;
+        Ok(Response::new(changed))
     }
 
     async fn exec(&self, request: Request<api::ExecRequest>) -> Answer<api::ExecResponse> {

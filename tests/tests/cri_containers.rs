@@ -401,9 +401,16 @@ fn what_a_container_writes_to_host_files_comes_back(node: &Node) -> Result<()> {
         fs::read_to_string(host("log"))? == "old\n",
         "before the end"
     );
+    let logged = node.server()?.log_length();
     pod.cri.stop(&id, 0)?;
     let status = pod.cri.wait(&id)?;
     ensure!(status.exit_code == 137, "{status:?}");
+    let log = node.server()?.log_since(logged);
+    let told = |path: &str| {
+        log.lines()
+            .any(|line| line.contains(path) && line.contains(&id))
+    };
+    ensure!(told("/in/large") && told("/in/taken"), "{log}");
     let now = |name: &str| fs::read_to_string(host(name));
     ensure!(now("log")? == "reason\n", "{:?}", now("log"));
     ensure!(

@@ -1,15 +1,17 @@
 //! Small files that go into a container by copy, and back when it has ended.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use bulkhead_agent_api::v1::File;
+use bulkhead_agent_api::v1::left_out::Reason;
 use serde::{Deserialize, Serialize};
 
 use super::mount::HostFile;
 use super::users;
+use crate::image::Digest;
 
 /// The largest file that is copied, in bytes (Kubernetes' bound for a Secret or ConfigMap).
 const LARGEST: u64 = 1 << 20;
@@ -65,12 +67,8 @@ pub struct Copied {
     device: u64,
     /// Number of its inode.
     inode: u64,
-    /// When it was last written: seconds since 1970, nanoseconds.
-    modified: (i64, i64),
-}
-
-fn modified(metadata: &fs::Metadata) -> (i64, i64) {
-    (metadata.mtime(), metadata.mtime_nsec())
+    /// Of what was in it.
+    content: Digest,
 }
 
 /// Reads a file of the host; with what it is, if it may be written. Blocks.
@@ -119,7 +117,7 @@ pub fn read(file: &HostFile) -> Result<(File, Option<Copied>), FileError> {
         container_path: file.container_path.clone(),
         device: metadata.dev(),
         inode: metadata.ino(),
-        modified: modified(&metadata),
+        content: Digest::of(&content),
     };
     let file = File {
         path: file.container_path.clone(),
@@ -168,18 +166,33 @@ pub fn write_back(copied: &Copied, content: &[u8]) -> Result<(), FileError> {
     if !metadata.is_file() || (metadata.dev(), metadata.ino()) != (copied.device, copied.inode) {
         return Err(fail("it is another file by now".to_owned()));
     }
-    if modified(&metadata) != copied.modified {
-        let mut present = Vec::new();
-        let bounded = (&host).take(LARGEST_BACK as u64 + 1);
-        { bounded }.read_to_end(&mut present).map_err(failed)?;
-        // By a server that ended before it could say so.
-        if present == content {
-            return Ok(());
-        }
+    let mut present = Vec::new();
+    let bounded = (&host).take(LARGEST + 1);
+    { bounded }.read_to_end(&mut present).map_err(failed)?;
+    // By a server that ended before it could say so.
+    if present == content {
+        return Ok(());
+    }
+    if Digest::of(&present) != copied.content {
         return Err(fail("the host has written it meanwhile".to_owned()));
     }
     host.write_all_at(content, 0).map_err(failed)?;
     host.set_len(content.len() as u64).map_err(failed)
+}
+
+/// Why the guest does not send what was written into a file, for the log.
+pub fn left_out(copied: &Copied, reason: Reason) -> FileError {
+    let reason = match reason {
+        Reason::Large => format!("it is larger than {LARGEST_BACK} bytes"),
+        Reason::Many => "the container's files that were written are too large together".into(),
+        Reason::Unreadable => "the guest cannot read it; its console says why".into(),
+        Reason::Unspecified => "the guest does not say why".into(),
+    };
+    FileError::Back {
+        host_path: copied.host_path.clone(),
+        container_path: copied.container_path.clone(),
+        reason,
+    }
 }
 
 /// `/etc/hosts` and `/etc/hostname` for a container that mounts none of its own.

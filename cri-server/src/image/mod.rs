@@ -25,7 +25,6 @@ pub(crate) mod tests;
 mod tree;
 
 pub use auth::Credentials;
-#[cfg(test)]
 pub use digest::Digest;
 pub use error::ImageError;
 pub use progress::{Progress, ProgressSender};

@@ -163,8 +163,8 @@ async fn bring_back(live: &Live, id: &str, copies: Vec<Copied>) {
         answer = call => answer,
         _ = live.vm.wait() => return,
     };
-    let files = match changed {
-        Ok(changed) => changed.files,
+    let changed = match changed {
+        Ok(changed) => changed,
         Err(error) => {
             tracing::warn!(container = %id, %error, "what was written to files does not come back");
             return;
@@ -174,10 +174,17 @@ async fn bring_back(live: &Live, id: &str, copies: Vec<Copied>) {
     let written = blocking(move || {
         for copied in &copies {
             let path = &copied.container_path;
-            let Some(file) = files.iter().find(|file| file.path == *path) else {
-                continue;
+            let come = changed.files.iter().find(|file| file.path == *path);
+            let missing = changed
+                .left_out
+                .iter()
+                .find(|missing| missing.path == *path);
+            let written = match (come, missing) {
+                (Some(come), _) => file::write_back(copied, &come.content),
+                (None, Some(missing)) => Err(file::left_out(copied, missing.reason())),
+                (None, None) => Ok(()),
             };
-            if let Err(error) = file::write_back(copied, &file.content) {
+            if let Err(error) = written {
                 tracing::warn!(container = %id, "{error}");
             }
         }

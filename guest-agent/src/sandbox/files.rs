@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
-use std::time::SystemTime;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use bulkhead_agent_api::v1::File;
+use bulkhead_agent_api::v1::left_out::Reason;
+use bulkhead_agent_api::v1::{ChangedFilesResponse, File, LeftOut};
 
 use super::{SandboxError, step};
 use crate::container::mapping::Mapping;
@@ -29,10 +29,12 @@ pub struct Copied {
     made: Look,
 }
 
-/// By what a change of a file is known.
+/// By what a change of a file is known: what its writer can set, and the time of the last change,
+/// which nobody can (inode(7)). One that was given other owners or modes counts as changed.
 #[derive(Debug, PartialEq, Eq)]
 struct Look {
-    modified: SystemTime,
+    modified: (i64, i64),
+    changed: (i64, i64),
     bytes: u64,
 }
 
@@ -40,7 +42,8 @@ impl Look {
     fn at(path: &str) -> io::Result<Self> {
         let metadata = fs::symlink_metadata(path)?;
         Ok(Self {
-            modified: metadata.modified()?,
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
             bytes: metadata.len(),
         })
     }
@@ -84,32 +87,50 @@ pub(super) fn write(
     Ok(copies)
 }
 
-/// Those that are no longer what they were, as far as they are small. Nobody writes any more. Blocks.
-pub(super) fn changed(copies: &[Copied]) -> Vec<File> {
-    let mut files = Vec::new();
+/// Those that are no longer what they were, as far as they are small; of others their names and why.
+/// Nobody writes any more. Blocks.
+pub(super) fn changed(copies: &[Copied]) -> ChangedFilesResponse {
+    let mut answer = ChangedFilesResponse::default();
     let mut left = MOST_BACK;
     for copied in copies {
-        let Some(content) = content(copied).filter(|content| content.len() <= left) else {
-            continue;
-        };
-        left -= content.len();
-        files.push(File {
-            path: copied.target.clone(),
-            content,
-            ..File::default()
-        });
+        let path = copied.target.clone();
+        match content(copied, left) {
+            Ok(None) => {}
+            Ok(Some(content)) => {
+                left -= content.len();
+                answer.files.push(File {
+                    path,
+                    content,
+                    ..File::default()
+                });
+            }
+            Err(reason) => answer.left_out.push(LeftOut {
+                path,
+                reason: reason.into(),
+            }),
+        }
     }
-    files
+    answer
 }
 
-fn content(copied: &Copied) -> Option<Vec<u8>> {
-    if Look::at(&copied.path).ok()? == copied.made {
-        return None;
+/// What is in it, if that has changed and has no more than `left` bytes.
+fn content(copied: &Copied, left: usize) -> Result<Option<Vec<u8>>, Reason> {
+    let unreadable = |error: io::Error| {
+        crate::console::say(&format!("cannot read {}: {error}", copied.path));
+        Reason::Unreadable
+    };
+    if Look::at(&copied.path).map_err(unreadable)? == copied.made {
+        return Ok(None);
     }
     let mut content = Vec::new();
-    let file = fs::File::open(&copied.path).ok()?;
-    file.take(LARGEST_BACK + 1).read_to_end(&mut content).ok()?;
-    (content.len() as u64 <= LARGEST_BACK).then_some(content)
+    let file = fs::File::open(&copied.path).map_err(unreadable)?;
+    let read = file.take(LARGEST_BACK + 1).read_to_end(&mut content);
+    read.map_err(unreadable)?;
+    match content.len() {
+        bytes if bytes as u64 > LARGEST_BACK => Err(Reason::Large),
+        bytes if bytes > left => Err(Reason::Many),
+        _ => Ok(Some(content)),
+    }
 }
 
 #[cfg(test)]
@@ -127,24 +148,41 @@ mod tests {
             read_only,
             ..File::default()
         };
-        let files = [
+        let mut files = vec![
             file("/log", false),
             file("/same", false),
             file("/fixed", true),
             file("/large", false),
             file("/gone", false),
         ];
+        files.extend((0..17).map(|at| file(&format!("/many/{at}"), false)));
         let copies = write(&home, &files, None).unwrap();
-        assert!(changed(&copies).is_empty());
-        fs::write(format!("{home}/0"), "the reason").unwrap();
+        assert_eq!(changed(&copies), ChangedFilesResponse::default());
+        // Of the same size, and as old as before.
+        let before = fs::metadata(format!("{home}/0")).unwrap();
+        fs::write(format!("{home}/0"), "new").unwrap();
+        let log = fs::File::options().write(true).open(format!("{home}/0"));
+        log.unwrap()
+            .set_modified(before.modified().unwrap())
+            .unwrap();
         fs::write(format!("{home}/2"), "not to be").unwrap();
         fs::write(format!("{home}/3"), vec![0; LARGEST_BACK as usize + 1]).unwrap();
         fs::remove_file(format!("{home}/4")).unwrap();
-        let back = changed(&copies);
-        let back: Vec<_> = back
-            .iter()
-            .map(|file| (file.path.as_str(), file.content.as_slice()))
-            .collect();
-        assert_eq!(back, [("/log", b"the reason".as_slice())]);
+        for at in 5..files.len() {
+            fs::write(format!("{home}/{at}"), vec![0; LARGEST_BACK as usize]).unwrap();
+        }
+        let answer = changed(&copies);
+        assert_eq!(answer.files[0].path, "/log");
+        assert_eq!(answer.files[0].content, b"new");
+        assert_eq!(answer.files.len(), 16);
+        let left_out = answer.left_out.iter();
+        let left_out: Vec<_> = left_out.map(|it| (it.path.as_str(), it.reason())).collect();
+        let wanted = [
+            ("/large", Reason::Large),
+            ("/gone", Reason::Unreadable),
+            ("/many/15", Reason::Many),
+            ("/many/16", Reason::Many),
+        ];
+        assert_eq!(left_out, wanted);
     }
 }
