@@ -5,12 +5,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bulkhead_cri_api::v1::SupplementalGroupsPolicy;
+use bulkhead_cri_api::v1::{ContainerState, SupplementalGroupsPolicy};
 use bulkhead_tests::cri::{Cri, refused};
-use bulkhead_tests::request::{number, resources, security, sleeper};
+use bulkhead_tests::request::{Pod, number, pod_security, resources, security, shell, sleeper};
 use bulkhead_tests::usage::{MEMORY, Usage};
-use bulkhead_tests::{Node, suite};
+use bulkhead_tests::{Node, log, suite};
 use tonic::Code;
+
+const RUNNING: ContainerState = ContainerState::ContainerRunning;
 
 suite! {
     exec_answers_output_and_exit_code,
@@ -29,6 +31,7 @@ suite! {
     much_output_at_once_leaves_no_memory_behind,
     exec_sees_the_cgroup_of_its_container,
     exec_works_in_a_container_that_is_full,
+    execs_that_are_frozen_are_in_nobodys_way,
     exec_ends_with_its_container,
     exec_of_what_is_no_program_names_it,
     many_execs_run_at_once,
@@ -284,7 +287,8 @@ fn exec_sees_the_cgroup_of_its_container(node: &Node) -> Result<()> {
 fn exec_works_in_a_container_that_is_full(node: &Node) -> Result<()> {
     let cri = node.cri()?;
     let pod = node.pod("exec-full")?;
-    let mut config = sleeper("sleeper", &node.base()?);
+    let image = node.base()?;
+    let mut config = sleeper("sleeper", &image);
     resources(&mut config).memory_limit_in_bytes = 48 << 20;
     let id = pod.start(&config)?;
     // Memory that cannot be reclaimed, short of the limit by what a few small processes need.
@@ -302,18 +306,69 @@ fn exec_works_in_a_container_that_is_full(node: &Node) -> Result<()> {
         cri.shell(&id, "echo fine")? == "fine",
         "an exec after the kill"
     );
-    // Nothing at all is left: an answer has to come all the same, and execs go on afterwards.
+    // Nothing at all is left: the answer is that of a command that was killed, or says why there
+    // is none.
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
     let over = cri.exec_for(&id, &["/bin/sh", "-c", "cat /dev/zero > /dev/shm/more"], 0);
     ensure!(
         over.as_ref().map_or(true, |reply| reply.exit_code != 0),
         "{over:?}"
     );
     for _ in 0..3 {
-        let answer = cri.exec_for(&id, &["true"], 60);
-        let late = answer.as_ref().err().map(tonic::Status::code) == Some(Code::DeadlineExceeded);
-        ensure!(!late, "{answer:?}");
+        match cri.exec_for(&id, &["true"], 60) {
+            Ok(reply) => ensure!(matches!(reply.exit_code, 0 | 137), "{reply:?}"),
+            Err(status) if cri.container(&id)?.state() == RUNNING => {
+                ensure!(status.message().contains("memory"), "{status}");
+            }
+            Err(_) => {}
+        }
+    }
+    // Its own first process may have been the one that was killed. Else all is well again.
+    cri.shell(&neighbour, "rm /dev/shm/fill /dev/shm/more")?;
+    let status = cri.container(&id)?;
+    if status.state() != RUNNING {
+        ensure!(status.reason == "OOMKilled", "{status:?}");
+        return Ok(());
+    }
+    for _ in 0..3 {
+        ensure!(cri.shell(&id, "echo fine")? == "fine", "an exec at the end");
     }
     Ok(())
+}
+
+fn execs_that_are_frozen_are_in_nobodys_way(node: &Node) -> Result<()> {
+    /// More than the agent has threads.
+    const STILL: usize = 12;
+    let cri = node.cri()?;
+    let mut config = node.pod_config("exec-frozen")?;
+    pod_security(&mut config).privileged = true;
+    let pod = Pod::run(cri, config)?;
+    let image = node.base()?;
+    // The group of each, as soon as that is there.
+    let line = "echo freezing; while :; do for group in /sys/fs/cgroup/exec-*; do \
+                echo 1 > $group/cgroup.freeze; done 2> /dev/null; done";
+    let mut config = shell("frozen", &image, line);
+    security(&mut config).privileged = true;
+    let frozen = pod.start(&config)?;
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
+    log::wait_for(&pod.log_path(&config), "freezing\n")?;
+    thread::scope(|scope| {
+        let run = || cri.exec_for(&frozen, &["sleep", "7606"], 0);
+        let still: Vec<_> = (0..STILL).map(|_| scope.spawn(run)).collect();
+        // Long enough for all of them to have come.
+        for _ in 0..10 {
+            ensure!(cri.shell(&neighbour, "echo fine")? == "fine", "an exec");
+        }
+        let ended = still.iter().filter(|exec| exec.is_finished()).count();
+        ensure!(ended == 0, "{ended} frozen execs have ended");
+        cri.stop(&frozen, 0)?;
+        for exec in still {
+            let answer = exec.join().ok().context("a thread has panicked")?;
+            let ran = answer.as_ref().is_ok_and(|reply| reply.exit_code == 0);
+            ensure!(!ran, "{answer:?}");
+        }
+        Ok(())
+    })
 }
 
 fn exec_ends_with_its_container(node: &Node) -> Result<()> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::fs::MemfdFlags;
 use rustix::net::sockopt::Timeout;
 use rustix::process::{Pid, PidfdFlags};
+use tokio::io::unix::AsyncFd;
 
 use crate::container::apart::Apart;
 use crate::container::message::{self, Message};
@@ -16,6 +17,9 @@ use crate::container::plan::Plan;
 
 /// How long a stage may take for a step: mounts and an exec, on a slow disk.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A message with its descriptors; nothing where the other end is closed.
+type Heard = Option<(Message, Vec<OwnedFd>)>;
 
 /// Why a process is not there.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +53,15 @@ fn step<T, E: Into<io::Error>>(what: &'static str, done: Result<T, E>) -> Result
 /// A process that is ready but for its exec.
 #[derive(Debug)]
 pub struct Held {
-    socket: OwnedFd,
+    socket: AsyncFd<OwnedFd>,
+}
+
+/// A process on its way to be held.
+#[derive(Debug)]
+pub struct Begun {
+    held: Held,
+    /// Unless they come with the process.
+    ends: Option<Ends>,
 }
 
 /// The agent's ends of a process.
@@ -81,13 +93,14 @@ pub enum Ends {
     Terminal(OwnedFd),
 }
 
-/// Starts a process as planned, up to its exec. Blocks.
-pub fn launch(
+/// Begins to start a process as planned; [`Begun::ready`] goes on. Blocks, but for nothing that a
+/// container can hold up.
+pub fn begin(
     plan: &Plan,
     apart: Option<&Apart>,
     other: Option<BorrowedFd<'_>>,
     stdin: bool,
-) -> Result<Launched, LaunchError> {
+) -> Result<Begun, LaunchError> {
     let paper = step("write the plan", paper(plan))?;
     let pipes = match plan.program.terminal {
         None => Some(pipes(stdin)?),
@@ -104,38 +117,43 @@ pub fn launch(
         message::send(socket.as_fd(), &Message::Plan, &with),
     )?;
     // Only the process holds its own ends from here on.
-    let ours = pipes.map(|(ours, _)| ours);
-    let pid = process(socket.as_fd())?;
-    // Its parent being the agent, the number is free for others only after the reaper took it.
-    let opened = Pid::from_raw(pid)
-        .ok_or(rustix::io::Errno::SRCH)
-        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
-    let process = match opened {
-        Ok(process) => process,
-        Err(rustix::io::Errno::SRCH) => return Err(last_words(socket.as_fd())),
-        Err(error) => return step("open the process", Err(error)),
-    };
-    let master = |descriptors: Vec<OwnedFd>| descriptors.into_iter().next().map(Ends::Terminal);
-    let ready =
-        step("wait for the process", message::receive(socket.as_fd())).and_then(
-            |said| match said {
-                Some((Message::Ready, with)) => {
-                    ours.or_else(|| master(with)).ok_or(LaunchError::Ended)
-                }
-                Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
-                _ => Err(LaunchError::Ended),
-            },
-        );
-    match ready {
-        Ok(ends) => Ok(Launched {
-            pid,
-            process,
-            held: Held { socket },
-            ends,
-        }),
-        Err(error) => {
-            let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
-            Err(error)
+    let ends = pipes.map(|(ours, _)| ours);
+    let held = step("watch the stage", Held::new(socket))?;
+    Ok(Begun { held, ends })
+}
+
+impl Begun {
+    /// Waits until the process is ready but for its exec.
+    pub async fn ready(self) -> Result<Launched, LaunchError> {
+        let Self { held, ends } = self;
+        let pid = number(held.hear("wait for the stage").await?)?;
+        // Its parent being the agent, the number is free for others only after the reaper took it.
+        let opened = Pid::from_raw(pid)
+            .ok_or(rustix::io::Errno::SRCH)
+            .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+        let process = match opened {
+            Ok(process) => process,
+            Err(rustix::io::Errno::SRCH) => return Err(held.last_words().await),
+            Err(error) => return step("open the process", Err(error)),
+        };
+        let master = |with: Vec<OwnedFd>| with.into_iter().next().map(Ends::Terminal);
+        let ready = held.hear("wait for the process").await;
+        let ready = ready.and_then(|said| match said {
+            Some((Message::Ready, with)) => ends.or_else(|| master(with)).ok_or(LaunchError::Ended),
+            Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
+            _ => Err(LaunchError::Ended),
+        });
+        match ready {
+            Ok(ends) => Ok(Launched {
+                pid,
+                process,
+                held,
+                ends,
+            }),
+            Err(error) => {
+                let _ = crate::sys::signal_process(process.as_fd(), libc::SIGKILL);
+                Err(error)
+            }
         }
     }
 }
@@ -163,19 +181,47 @@ fn pipes(stdin: bool) -> Result<(Ends, [OwnedFd; 3]), LaunchError> {
 }
 
 impl Held {
-    /// Lets the process exec. Blocks until that is done or has failed.
-    pub fn start(self) -> Result<(), LaunchError> {
-        let socket = self.socket.as_fd();
-        match message::send(socket, &Message::Go, &[]) {
+    fn new(socket: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        Ok(Self {
+            socket: crate::sys::watch(socket)?,
+        })
+    }
+
+    /// Lets the process exec; waits until that is done or has failed.
+    pub async fn start(self) -> Result<(), LaunchError> {
+        match message::send(self.socket.get_ref().as_fd(), &Message::Go, &[]) {
             Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {
                 return Err(LaunchError::Ended);
             }
             sent => step("start the process", sent)?,
         }
-        match step("wait for the program", message::receive(socket))? {
+        match self.hear("wait for the program").await? {
             None => Ok(()),
             Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
             Some(_) => Err(LaunchError::Ended),
+        }
+    }
+
+    /// The next message. Many may be waited for at once: a stage stands still as long as its
+    /// container's group is frozen, and takes no thread for that.
+    async fn hear(&self, what: &'static str) -> Result<Heard, LaunchError> {
+        let heard = async {
+            loop {
+                let mut ready = self.socket.readable().await?;
+                if let Ok(done) = ready.try_io(|socket| message::receive(socket.as_fd())) {
+                    return done;
+                }
+            }
+        };
+        let heard = tokio::time::timeout(PATIENCE, heard).await;
+        step(what, heard.unwrap_or_else(|late| Err(late.into())))
+    }
+
+    async fn last_words(&self) -> LaunchError {
+        match self.hear("wait for the process").await {
+            Ok(Some((Message::Failed(words), _))) => LaunchError::Stage(words),
+            _ => LaunchError::Ended,
         }
     }
 }
@@ -193,20 +239,17 @@ pub fn start(role: &str) -> io::Result<OwnedFd> {
     Ok(here)
 }
 
-/// The number of the process that a stage has made.
+/// The number of the process that a stage has made. Blocks.
 pub fn process(socket: BorrowedFd<'_>) -> Result<i32, LaunchError> {
-    match step("wait for the stage", message::receive(socket))? {
+    number(step("wait for the stage", message::receive(socket))?)
+}
+
+fn number(said: Heard) -> Result<i32, LaunchError> {
+    match said {
         Some((Message::Process(pid), _)) => Ok(pid),
         Some((Message::Failed(words), _)) => Err(LaunchError::Stage(words)),
         Some((Message::Full(words), _)) => Err(LaunchError::Full(words)),
         _ => Err(LaunchError::Ended),
-    }
-}
-
-fn last_words(socket: BorrowedFd<'_>) -> LaunchError {
-    match message::receive(socket) {
-        Ok(Some((Message::Failed(words), _))) => LaunchError::Stage(words),
-        _ => LaunchError::Ended,
     }
 }
 
@@ -220,4 +263,32 @@ fn paper(plan: &Plan) -> io::Result<OwnedFd> {
     paper.write_all(&serde_json::to_vec(plan)?)?;
     io::Seek::rewind(&mut paper)?;
     Ok(paper.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_ends_with_the_stages_word_its_end_or_its_time() {
+        let held = || {
+            let (here, there) = message::pair().unwrap();
+            (Held::new(here).unwrap(), there)
+        };
+        let (started, there) = held();
+        let begun = tokio::spawn(started.start());
+        tokio::task::yield_now().await;
+        let said = message::receive(there.as_fd()).unwrap().unwrap().0;
+        assert_eq!(said, Message::Go);
+        drop(there);
+        assert!(begun.await.unwrap().is_ok());
+        let (refused, there) = held();
+        let words = Message::Failed("no such program".into());
+        message::send(there.as_fd(), &words, &[]).unwrap();
+        let error = refused.start().await.unwrap_err();
+        assert_eq!(error.to_string(), "no such program");
+        let (slow, _there) = held();
+        let error = slow.start().await.unwrap_err().to_string();
+        assert!(error.starts_with("cannot wait for the program"), "{error}");
+    }
 }

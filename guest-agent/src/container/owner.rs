@@ -145,11 +145,11 @@ impl Container {
         } = new;
         let filter = plan.filter.clone();
         let with = apart.clone();
-        let launched = off(move || {
+        let begun = off(move || {
             let pids = pids.as_ref().map(|pids| pids.as_fd());
-            launch::launch(&plan, with.as_deref(), pids, stdin)
-        })
-        .await??;
+            launch::begin(&plan, with.as_deref(), pids, stdin)
+        });
+        let launched = begun.await??.ready().await?;
         let code = surroundings.reaper.exit(launched.pid, since);
         let ending = Ending {
             code,
@@ -367,8 +367,7 @@ impl Owner {
         };
         let commands = self.commands.clone();
         tokio::spawn(async move {
-            let done = off(move || held.start()).await;
-            let done = done.unwrap_or(Err(LaunchError::Ended));
+            let done = held.start().await;
             if let Some(commands) = commands.upgrade() {
                 let _ = commands.send(Command::Started(done, reply)).await;
             }

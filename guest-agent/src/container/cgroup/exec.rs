@@ -13,15 +13,21 @@ const EXEC: &str = "exec-";
 const ATTEMPTS: usize = 16;
 
 impl Cgroup {
-    /// Makes the group of exec `id` of this container.
-    pub fn exec(&self, id: &str) -> Result<Self, CgroupError> {
+    /// The group of exec `id` of this container, which may not be there.
+    pub fn exec(&self, id: &str) -> Self {
         let path = self.path.join(format!("{EXEC}{id}"));
-        fs::create_dir(&path).map_err(|source| CgroupError::Directory {
+        Self { path }
+    }
+
+    /// Makes the group of exec `id` of this container.
+    pub fn make_exec(&self, id: &str) -> Result<Self, CgroupError> {
+        let group = self.exec(id);
+        fs::create_dir(&group.path).map_err(|source| CgroupError::Directory {
             what: "make",
-            path: path.clone(),
+            path: group.path.clone(),
             source,
         })?;
-        Ok(Self { path })
+        Ok(group)
     }
 
     /// The numbers of the container's processes, those of its execs too, a line each.

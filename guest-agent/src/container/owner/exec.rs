@@ -9,7 +9,7 @@ use super::{Command, NewExec, Owner, Reply, State, Surroundings, adopt, off};
 use crate::container::ContainerError;
 use crate::container::apart::Apart;
 use crate::container::cgroup::Cgroup;
-use crate::container::launch::{self, Held, Launched};
+use crate::container::launch::{self, Held};
 use crate::container::plan;
 use crate::container::process::{self, Ending, Process};
 use crate::container::seccomp::Filter;
@@ -94,11 +94,8 @@ impl Owner {
         self.execs.insert(id.clone(), Exec::There(process, cgroup));
         let commands = self.commands.clone();
         tokio::spawn(async move {
-            let started = match off(move || held.start()).await {
-                Ok(Ok(())) => Ok(pid),
-                Ok(Err(error)) => Err(ContainerError::Start(error)),
-                Err(error) => Err(error),
-            };
+            let started = held.start().await;
+            let started = started.map(|()| pid).map_err(ContainerError::Start);
             // One that never ran is not kept for its exit.
             if let (Err(_), Some(commands)) = (&started, commands.upgrade()) {
                 let (ignored, _) = oneshot::channel();
@@ -112,6 +109,8 @@ impl Owner {
         let (process, cgroup) = match self.execs.remove(id) {
             Some(Exec::There(process, cgroup)) => (process, cgroup),
             Some(Exec::Starting) => {
+                // What holds it up may last, as a frozen group does.
+                let _ = self.cgroup.exec(id).kill();
                 self.execs.insert(id.to_owned(), Exec::Unwanted(reply));
                 return;
             }
@@ -161,28 +160,34 @@ async fn execute(
     surroundings: Surroundings,
 ) -> Result<(Process, Held, Cgroup), ContainerError> {
     let since = surroundings.reaper.now();
-    let (launched, cgroup) = off(move || -> Result<(Launched, Cgroup), ContainerError> {
+    let (begun, cgroup) = off(move || -> Result<_, ContainerError> {
         let mut process = beside.process;
         user::resolve(&mut process.user, &beside.image, true)?;
-        let cgroup = beside.cgroup.exec(&beside.id)?;
+        let cgroup = beside.cgroup.make_exec(&beside.id)?;
         let apart = beside.apart.as_deref();
         let mapping = apart.map(|apart| &apart.mapping);
-        let launched = plan::exec(&process, &cgroup.path(), beside.filter, mapping)
+        let begun = plan::exec(&process, &cgroup.path(), beside.filter, mapping)
             .map_err(ContainerError::from)
             .and_then(|plan| {
                 let init = Some(beside.init.as_fd());
-                Ok(launch::launch(&plan, apart, init, beside.stdin)?)
+                Ok(launch::begin(&plan, apart, init, beside.stdin)?)
             });
-        match launched {
-            Ok(launched) => Ok((launched, cgroup)),
-            Err(error) => {
-                let _ = cgroup.kill();
-                cgroup.dissolve();
-                Err(error)
-            }
-        }
+        Ok((begun, cgroup))
     })
     .await??;
+    let launched = match begun {
+        Ok(begun) => begun.ready().await.map_err(ContainerError::from),
+        Err(error) => Err(error),
+    };
+    let launched = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            let _ = cgroup.kill();
+            process::emptied(&cgroup).await;
+            let _ = off(move || cgroup.dissolve()).await;
+            return Err(error);
+        }
+    };
     let ending = Ending {
         code: surroundings.reaper.exit(launched.pid, since),
         cgroup: cgroup.clone(),
