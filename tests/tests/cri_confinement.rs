@@ -27,6 +27,7 @@ suite! {
     privileged_container_opens_every_device_but_the_pods_disks,
     privileged_container_needs_a_privileged_pod,
     descriptors_of_the_runtime_do_not_leak,
+    program_of_the_runtime_cannot_be_written,
     working_directory_stays_in_the_root,
     exec_in_a_directory_that_was_exchanged_stays_in_the_root,
     directory_as_program_is_refused_by_name,
@@ -330,6 +331,46 @@ fn refusal(pod: &Pod<'_>, config: &ContainerConfig) -> Result<String> {
         },
     };
     Ok(status.message().to_owned())
+}
+
+/// CVE-2019-5736: by the program of a process that the runtime keeps beside the container's.
+fn program_of_the_runtime_cannot_be_written(node: &Node) -> Result<()> {
+    let pod = node.pod("program")?;
+    let image = node.base()?;
+    let shared = |mut config: ContainerConfig| {
+        in_namespace(&mut config, NamespaceMode::Pod, "");
+        config
+    };
+    // Who may trace may look at any program.
+    let mut config = shared(sleeper("attacker", &image));
+    let capabilities = Capability {
+        add_capabilities: vec!["SYS_PTRACE".into()],
+        ..Capability::default()
+    };
+    security(&mut config).capabilities = Some(capabilities);
+    let attacker = pod.start(&config)?;
+    let held = pod.create(&shared(sleeper("held", &image)))?;
+    // The pod's first process, one that is held before its program, and the shell itself.
+    let line = "own=$(readlink /proc/self/exe); others=0
+        for exe in /proc/[0-9]*/exe; do
+        [ \"$(readlink $exe)\" = $own ] || others=$((others + 1))
+        (echo x >> $exe) 2> /dev/null && echo written $exe
+        (exec 3< $exe && echo x >> /proc/self/fd/3) 2> /dev/null && echo written through $exe
+        done; [ $others -ge 2 ] && echo others";
+    let said = pod.cri.shell(&attacker, line)?;
+    ensure!(said == "others", "{said}");
+    // Where the runtime begins an exec by a program of its own, that is what this runs.
+    for _ in 0..3 {
+        let _ = pod
+            .cri
+            .exec_for(&attacker, &["/proc/self/exe", "stage"], 10);
+    }
+    pod.cri.start(&held)?;
+    for id in [&attacker, &held] {
+        ensure!(pod.cri.shell(id, "echo fine")? == "fine", "an exec");
+    }
+    pod.start(&sleeper("later", &image))?;
+    Ok(())
 }
 
 fn working_directory_stays_in_the_root(node: &Node) -> Result<()> {

@@ -148,9 +148,15 @@ mod tests {
             readonly: true,
             ..Default::default()
         };
-        let files = host_files(&[mount]).unwrap();
+        // The host's file keeps its label whatever is asked; the copy has none.
+        let relabelled = cri::Mount {
+            selinux_relabel: true,
+            ..mount.clone()
+        };
+        let files = host_files(&[mount, relabelled]).unwrap();
         assert_eq!(files[0].container_path, "/etc/hosts");
         assert!(files[0].read_only);
+        assert_eq!(files[0], files[1]);
     }
 
     #[test]

@@ -252,6 +252,17 @@ mod tests {
         assert!(refusal(&directory).contains("/etc/passwd is a directory"));
         let circle = image(|passwd| std::os::unix::fs::symlink("passwd", passwd).unwrap());
         assert!(refusal(&circle).contains("/etc/passwd"));
+        let group = image(|passwd| {
+            std::fs::write(passwd, PASSWD).unwrap();
+            std::os::unix::fs::symlink("there", passwd.with_file_name("group")).unwrap();
+            std::os::unix::fs::symlink("group", passwd.with_file_name("there")).unwrap();
+        });
+        let mut user = User {
+            username: Some("www".into()),
+            ..User::default()
+        };
+        let refused = resolve(&mut user, group.path().to_str().unwrap(), true).unwrap_err();
+        assert!(refused.to_string().contains("/etc/group"), "{refused}");
     }
 
     #[test]
