@@ -297,7 +297,18 @@ struct Owner {
 
 impl Owner {
     async fn run(mut self, mut incoming: mpsc::Receiver<Command>) {
-        while let Some(command) = incoming.recv().await {
+        let mut attended = self.surroundings.attended.clone();
+        loop {
+            let command = tokio::select! {
+                command = incoming.recv() => command,
+                Ok(()) = attended.changed() => {
+                    if !*attended.borrow_and_update() {
+                        self.end_execs();
+                    }
+                    continue;
+                }
+            };
+            let Some(command) = command else { return };
             match command {
                 Command::Start(reply) => self.start(reply),
                 Command::Started(done, reply) => self.started(done, reply),

@@ -125,6 +125,15 @@ impl Owner {
         };
         end_exec(process, cgroup, reply);
     }
+
+    /// The server is gone, and with it all for whom execs ran.
+    pub(super) fn end_execs(&mut self) {
+        let ids: Vec<String> = self.execs.keys().cloned().collect();
+        for id in ids {
+            let (nobody, _) = oneshot::channel();
+            self.remove_exec(&id, nobody);
+        }
+    }
 }
 
 /// Ends an exec with all it has started, and its group. What one that is over has left behind goes
