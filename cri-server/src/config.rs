@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::container::log::WhenFull;
 use crate::{image, network, streaming};
 
 /// Where the configuration is when the command line does not say.
@@ -28,6 +29,8 @@ pub struct Config {
     pub registry: image::Registries,
     /// The pods' network.
     pub network: network::Config,
+    /// The containers' logs.
+    pub log: Log,
     /// The streaming server, for exec, attach and port-forward.
     pub streaming: streaming::Config,
 }
@@ -41,9 +44,19 @@ impl Default for Config {
             vm: Vm::default(),
             registry: image::Registries::default(),
             network: network::Config::default(),
+            log: Log::default(),
             streaming: streaming::Config::default(),
         }
     }
+}
+
+/// The containers' logs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `lose`: what a log does not take for 10 seconds, on a full disk perhaps, is dropped and
+    /// counted. `wait`: the container waits.
+    pub when_full: WhenFull,
 }
 
 /// What VMs are like.
@@ -212,6 +225,7 @@ mod tests {
         refuse("[vm]\nmemory_mib = 1", "memory_mib");
         refuse("[vm]\nvcpus = 65", "vcpus");
         refuse("[vm]\nboot_timeout_seconds = 0", "boot_timeout_seconds");
+        refuse("[log]\nwhen_full = \"burst\"", "when_full");
         refuse("[streaming]\naddress = \"localhost\"", "address");
         refuse("[streaming]\nkey = \"/key\"", "streaming.certificate");
         refuse("[streaming]\ncertificate = \"/pem\"", "streaming.key");

@@ -12,6 +12,7 @@ suite! {
     failing_container_is_restarted_without_growth,
     execs_are_repeated_without_growth,
     refused_container_is_repeated_without_growth,
+    last_line_of_every_short_lived_container_is_there,
 }
 
 /// More answers than the agent remembers.
@@ -109,4 +110,26 @@ fn refused_container_is_repeated_without_growth(node: &Node) -> Result<()> {
     let before = Usage::settled(&pod)?;
     refused(counted(20))?;
     Usage::returns_to(&before, &pod)
+}
+
+fn last_line_of_every_short_lived_container_is_there(node: &Node) -> Result<()> {
+    let pod = node.pod("short")?;
+    let image = node.base()?;
+    for number in 0..counted(200) {
+        let mut config = shell(
+            "short",
+            &image,
+            &format!("echo begin; printf 'end {number}' >&2"),
+        );
+        config.metadata.get_or_insert_default().attempt = number;
+        config.log_path = format!("{number}.log");
+        let ended = pod.run_to_end(&config)?;
+        let said = (ended.stdout(), ended.stderr());
+        ensure!(
+            said == ("begin\n".to_owned(), format!("end {number}")),
+            "{number}: {said:?}"
+        );
+        pod.cri.remove(&ended.status.id)?;
+    }
+    Ok(())
 }

@@ -486,9 +486,6 @@ fn calls_that_are_not_there_answer_unimplemented(node: &Node) -> Result<()> {
         )* };
     }
     expect_unimplemented! {
-        exec,
-        attach,
-        port_forward,
         checkpoint_container,
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! Clients that watch a running container's output and type into it (CRI `Attach`).
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-use super::log::{Log, Stream};
+use super::log::{Log, Stream, WhenFull};
 use crate::deadline::Deadline;
 use crate::guest::Guest;
 use crate::streaming::{Outcome, Reader, Session, Size, Writer};
@@ -74,28 +75,46 @@ pub struct Outlet {
     pub log: Log,
     /// Who else gets it.
     pub audience: Audience,
+    /// What becomes of output that the log does not take.
+    pub when_full: WhenFull,
+    /// Whether the last lines were lost.
+    pub losing: Arc<AtomicBool>,
+    lost: Arc<AtomicU64>,
     /// None of a container made without.
     input: Option<mpsc::Sender<Typed>>,
 }
 
 impl Outlet {
     /// That of a container with this log and without input.
-    pub fn new(log: Log) -> Self {
+    pub fn new(log: Log, when_full: WhenFull) -> Self {
         Self {
             log,
             audience: Audience::default(),
+            when_full,
+            losing: Arc::default(),
+            lost: Arc::default(),
             input: None,
         }
     }
 
-    /// As [`Outlet::new`], with an input.
-    pub fn with_input(log: Log, guest: &Arc<Guest>, id: &str) -> Self {
+    /// Gives it an input.
+    pub fn with_input(self, guest: &Arc<Guest>, id: &str) -> Self {
         let (sender, typed) = mpsc::channel(1);
         tokio::spawn(type_in(Arc::clone(guest), id.to_owned(), typed));
         Self {
             input: Some(sender),
-            ..Self::new(log)
+            ..self
         }
+    }
+
+    /// So many bytes of output are not in the log and will not be.
+    pub fn lose(&self, bytes: u64) {
+        self.lost.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes lost so far.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// To watch it and type into it from now on.

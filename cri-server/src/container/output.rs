@@ -1,5 +1,6 @@
 //! A container's output streams on their way from the guest to the log.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use bulkhead_agent_api::v1::Stdio;
@@ -7,14 +8,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::attach::{self, Outlet};
-use super::log::{Log, LogError, Splitter, Stream};
+use super::log::{Lines, LogError, Splitter, Stream, WhenFull};
 use crate::streaming::Writer;
 
 /// Bytes taken from a stream at a time.
 const CHUNK: usize = 64 << 10;
 /// Between attempts to write a log that cannot be written, for want of space perhaps.
 const RETRY: Duration = Duration::from_secs(1);
-/// Attempts before lines are given up, so that a full disk does not hold a container for ever.
+/// Attempts before lines are given up, where a full disk is not to hold a container for ever.
 const ATTEMPTS: usize = 10;
 
 /// The agent's name of a stream.
@@ -33,6 +34,7 @@ pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, outl
     let mut ended = false;
     while !ended {
         let mut lines = Vec::new();
+        let written = splitter.emitted();
         let count = match source.read(&mut buffer).await {
             Ok(count) => count,
             Err(error) => {
@@ -48,29 +50,46 @@ pub async fn write_log(mut source: UnixStream, stream: Stream, offset: u64, outl
                 ended = true;
             }
         }
-        let complete = !lines.is_empty();
-        if complete && append(&outlet.log, lines).await.is_err() {
-            return;
+        let until = splitter.emitted();
+        if until > written {
+            let lines = Lines {
+                stream,
+                text: lines,
+                until,
+            };
+            match append(&outlet, lines).await {
+                Ok(true) => {}
+                Ok(false) => outlet.lose(until - written),
+                Err(_) => return,
+            }
         }
         outlet.audience.tell(stream, bytes).await;
-        if !complete {
-            continue;
-        }
-        let acknowledged = splitter.emitted().to_le_bytes();
-        if source.write_all(&acknowledged).await.is_err() && !ended {
+        if until > written && source.write_all(&until.to_le_bytes()).await.is_err() && !ended {
             // The guest is gone; what it has sent is still read to its end.
             tracing::debug!("an acknowledgement of output was not taken");
         }
     }
 }
 
-async fn append(log: &Log, lines: Vec<u8>) -> Result<(), LogError> {
-    for attempt in 1..=ATTEMPTS {
-        match log.append(lines.clone()).await {
-            Ok(()) => return Ok(()),
+/// Returns whether the log has the lines; an error when there is no log any more.
+async fn append(outlet: &Outlet, lines: Lines) -> Result<bool, LogError> {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match outlet.log.append(lines.clone()).await {
+            Ok(()) => {
+                outlet.losing.store(false, Ordering::Relaxed);
+                return Ok(true);
+            }
             Err(LogError::Closed) => return Err(LogError::Closed),
-            Err(error) if attempt == ATTEMPTS => {
-                tracing::error!(%error, bytes = lines.len(), "output of a container is lost");
+            // What follows lost output is not waited for again.
+            Err(error)
+                if outlet.when_full == WhenFull::Lose
+                    && (attempts == ATTEMPTS || outlet.losing.load(Ordering::Relaxed)) =>
+            {
+                outlet.losing.store(true, Ordering::Relaxed);
+                tracing::error!(%error, bytes = lines.text.len(), "output of a container is lost");
+                return Ok(false);
             }
             Err(error) => {
                 tracing::warn!(%error, "a container's output waits for its log");
@@ -78,7 +97,6 @@ async fn append(log: &Log, lines: Vec<u8>) -> Result<(), LogError> {
             }
         }
     }
-    Ok(())
 }
 
 /// Carries the stream to a client until it ends; what the client does not want is dropped. A byte
@@ -124,15 +142,20 @@ pub async fn collect(mut source: UnixStream, offset: u64, limit: usize) -> Vec<u
 
 #[cfg(test)]
 mod tests {
+    use super::super::log::{Log, Place};
     use super::*;
 
     #[tokio::test]
     async fn bytes_are_acknowledged_when_the_log_has_them() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("0.log");
-        let log = Log::open(Some(path.clone())).await.unwrap();
+        let place = Place {
+            log: Some(path.clone()),
+            record: directory.path().join("offsets"),
+        };
+        let log = Log::open(place).await.unwrap();
         let (mut guest, host) = UnixStream::pair().unwrap();
-        let outlet = Outlet::new(log);
+        let outlet = Outlet::new(log, WhenFull::Lose);
         let writer = tokio::spawn(write_log(host, Stream::Stdout, 10, outlet));
         guest.write_all(b"one\ntw").await.unwrap();
         assert_eq!(guest.read_u64_le().await.unwrap(), 14);

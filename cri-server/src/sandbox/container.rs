@@ -17,7 +17,7 @@ use super::record::{Container, Disk, User};
 use super::state::{ContainerState, PodState};
 use crate::container::attach::Attachment;
 use crate::container::file::Copied;
-use crate::container::log::Log;
+use crate::container::log::{Log, Offsets};
 use crate::container::spec::{self, Plan, SpecError};
 use crate::container::{file, seccomp, signal};
 use crate::deadline::Deadline;
@@ -218,8 +218,9 @@ impl Owner {
         let created_at = container.created_at;
         let terminal = container.config.tty;
         let copies = container.copies.clone();
-        let log = Log::open(container.log_path.clone()).await?;
-        let streams = Streams::open(&live, id, terminal, copies, deadline).await?;
+        let log = Log::open(self.host.log_place(&self.record.id, container)).await?;
+        let offsets = Offsets::default();
+        let streams = Streams::open(&live, id, terminal, offsets, copies, deadline).await?;
         let started = live.guest.start_container(start(id), deadline).await;
         let Some(container) = self.record.containers.get_mut(id) else {
             return Err(SandboxError::no_container(id));
@@ -230,7 +231,7 @@ impl Owner {
                     // The guest's clock may lag behind the host's.
                     started_at: started.started_at_nanoseconds.max(created_at),
                 };
-                let outlet = outlet(&live, container, log);
+                let outlet = outlet(&self.host, &live, container, log);
                 self.outlets.insert(id.to_owned(), outlet.clone());
                 self.commit().await;
                 let report = self.report.clone();
@@ -295,17 +296,18 @@ impl Owner {
         let Some(container) = self.record.containers.get(id) else {
             return;
         };
-        let path = container.log_path.clone();
-        let log = Log::open(path.clone()).await.unwrap_or_else(|error| {
-            tracing::error!(container = %id, %error, "output is dropped until the log is reopened");
-            Log::missing(path)
-        });
+        let resumed = Log::resume(self.host.log_place(&self.record.id, container)).await;
+        let (log, offsets) = match resumed {
+            Ok(resumed) => resumed,
+            // Only a thread that died.
+            Err(error) => return tracing::error!(container = %id, %error, "it is not followed"),
+        };
         let (terminal, copies) = (container.config.tty, container.copies.clone());
-        let outlet = outlet(live, container, log);
+        let outlet = outlet(&self.host, live, container, log);
         self.outlets.insert(id.to_owned(), outlet.clone());
         let (live, id, report) = (Arc::clone(live), id.to_owned(), self.report.clone());
         tokio::spawn(async move {
-            let streams = Streams::open_again(&live, &id, terminal, copies).await;
+            let streams = Streams::open_again(&live, &id, terminal, offsets, copies).await;
             streams.follow(live, id, outlet, report).await;
         });
     }
@@ -370,6 +372,9 @@ impl Owner {
             }
         }
         let image_id = container.image_id.clone();
+        let record = self.host.log_place(&self.record.id, container).record;
+        // It goes with the pod's directory at the latest.
+        let _ = blocking(move || Ok(std::fs::remove_file(record))).await;
         self.record.containers.remove(id);
         self.place_again().await;
         self.detach(&image_id).await;

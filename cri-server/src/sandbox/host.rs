@@ -9,9 +9,10 @@ use rustix::rand::GetRandomFlags;
 
 use super::SandboxError;
 use super::event::Events;
-use super::record::{Records, hexadecimal};
+use super::record::{Container, Records, hexadecimal};
 use crate::cgroup::{Hierarchy, PodCgroup};
 use crate::config::{Artefacts, Config};
+use crate::container::log::Place;
 use crate::image::ImageStore;
 use crate::network::Network;
 use crate::vm;
@@ -106,6 +107,15 @@ impl Host {
     /// The files of the pod's VMM.
     pub fn vm_files(&self, id: &str) -> vm::Files {
         vm::Files::under(&self.run_directory(id))
+    }
+
+    /// Where a container's log is, and how far its output is in it.
+    pub fn log_place(&self, pod: &str, container: &Container) -> Place {
+        let record = format!("{}.offsets", container.id);
+        Place {
+            log: container.log_path.clone(),
+            record: self.run_directory(pod).join(record),
+        }
     }
 
     /// The pod's scratch disk.

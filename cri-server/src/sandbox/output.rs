@@ -8,11 +8,12 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::boot::{Live, blocking};
+use super::host::Host;
 use super::owner::Event;
 use super::record::Container;
 use crate::container::attach::Outlet;
 use crate::container::file::Copied;
-use crate::container::log::{Log, Stream};
+use crate::container::log::{Log, Offsets, Stream};
 use crate::container::{file, output};
 use crate::deadline::Deadline;
 use crate::guest::GuestError;
@@ -41,17 +42,23 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Opens those of a container, from the first byte that no server has acknowledged.
+    /// Opens those of a container, from `offsets` on, or the first byte that no server has
+    /// acknowledged if that comes later.
     pub(super) async fn open(
         live: &Live,
         id: &str,
         terminal: bool,
+        offsets: Offsets,
         copies: Vec<Copied>,
         deadline: Deadline,
     ) -> Result<Self, GuestError> {
         let open = |stream| {
+            let offset = match stream {
+                Stream::Stdout => offsets.stdout,
+                Stream::Stderr => offsets.stderr,
+            };
             let stdio = output::stdio(stream);
-            live.guest.open_stream(id, "", stdio, 0, deadline)
+            live.guest.open_stream(id, "", stdio, offset, deadline)
         };
         let stderr = async {
             match terminal {
@@ -73,11 +80,12 @@ impl Streams {
         live: &Live,
         id: &str,
         terminal: bool,
+        offsets: Offsets,
         copies: Vec<Copied>,
     ) -> Self {
         for _ in 0..OPENINGS {
             let limit = Deadline::after(ASKING);
-            match Self::open(live, id, terminal, copies.clone(), limit).await {
+            match Self::open(live, id, terminal, offsets, copies.clone(), limit).await {
                 Ok(streams) => return streams,
                 Err(error) => {
                     tracing::warn!(container = %id, %error, "a container's output is not to be had");
@@ -137,6 +145,10 @@ impl Streams {
         if exit.is_ok() && !self.copies.is_empty() {
             bring_back(&live, &id, self.copies).await;
         }
+        let exit = exit.map(|exit| v1::Exit {
+            lost_bytes: exit.lost_bytes.saturating_add(outlet.lost()),
+            ..exit
+        });
         // Those who watch are told of the end when the last copy is dropped.
         drop(outlet);
         // The owner may be gone, and the pod with it.
@@ -145,10 +157,11 @@ impl Streams {
 }
 
 /// Where the output of a container goes, and its input comes from.
-pub(super) fn outlet(live: &Live, container: &Container, log: Log) -> Outlet {
+pub(super) fn outlet(host: &Host, live: &Live, container: &Container, log: Log) -> Outlet {
+    let outlet = Outlet::new(log, host.config.log.when_full);
     match container.config.stdin || container.config.tty {
-        true => Outlet::with_input(log, &live.guest, &container.id),
-        false => Outlet::new(log),
+        true => outlet.with_input(&live.guest, &container.id),
+        false => outlet,
     }
 }
 
