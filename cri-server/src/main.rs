@@ -15,11 +15,6 @@ mod replace;
 mod sandbox;
 mod service;
 mod stats;
-#[expect(
-    dead_code,
-    unused_imports,
-    reason = "the server does not answer with URLs yet"
-)]
 mod streaming;
 mod vm;
 

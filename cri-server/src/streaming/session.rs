@@ -58,13 +58,12 @@ pub struct Session {
 
 /// Completes when the client's connection is lost, closed, or idle for too long. What then is
 /// not done within a minute is dropped.
-pub struct Gone(oneshot::Receiver<()>);
+pub struct Gone(Boxed<()>);
 
 impl Gone {
-    /// To be told by sending, or by dropping, the other end.
-    pub(super) fn new() -> (oneshot::Sender<()>, Self) {
-        let (teller, told) = oneshot::channel();
-        (teller, Self(told))
+    /// Completes with `lost`.
+    pub fn new(lost: Boxed<()>) -> Self {
+        Self(lost)
     }
 }
 
@@ -72,7 +71,7 @@ impl Future for Gone {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        Pin::new(&mut self.0).poll(context).map(|_| ())
+        self.0.as_mut().poll(context)
     }
 }
 
