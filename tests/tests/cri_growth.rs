@@ -1,11 +1,13 @@
 //! What comes and goes many times in a pod, and leaves its agent as it was. `cargo xtask soak` runs
 //! these cases with larger counts.
 
-use anyhow::{Result, ensure};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::node::{counted, is_reference};
 use bulkhead_tests::request::{Pod, shell, sleeper};
-use bulkhead_tests::usage::Usage;
+use bulkhead_tests::usage::{MEMORY, Usage};
 use bulkhead_tests::{Node, suite};
 
 suite! {
@@ -13,6 +15,7 @@ suite! {
     execs_are_repeated_without_growth,
     refused_container_is_repeated_without_growth,
     last_line_of_every_short_lived_container_is_there,
+    large_outputs_at_once_are_repeated_without_growth,
 }
 
 /// More answers than the agent remembers.
@@ -130,6 +133,41 @@ fn last_line_of_every_short_lived_container_is_there(node: &Node) -> Result<()> 
             "{number}: {said:?}"
         );
         pod.cri.remove(&ended.status.id)?;
+    }
+    Ok(())
+}
+
+/// The agent takes some more once or twice, when its allocator finds no room between what lives
+/// long. What is lost with an output is lost in every round.
+fn large_outputs_at_once_are_repeated_without_growth(node: &Node) -> Result<()> {
+    const AT_ONCE: usize = 8;
+    const STILL: u32 = 3;
+    let pod = node.pod("outputs")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    fill_memory_of_answers(&pod, &id)?;
+    let command = ["head", "-c", "4194304", "/dev/zero"];
+    let run = || pod.cri.exec_for(&id, &command, 0);
+    let round = || {
+        thread::scope(|scope| {
+            let begun: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(run)).collect();
+            for exec in begun {
+                let reply = exec.join().ok().context("a thread has panicked")?;
+                ensure!(reply?.stdout.len() == 4 << 20, "an output");
+            }
+            Ok(())
+        })
+    };
+    let (mut most, mut still, mut all) = (0, 0, Vec::new());
+    while still < STILL {
+        ensure!(all.len() < 12, "bytes after each round: {all:?}");
+        round()?;
+        let Some(usage) = Usage::settled(&pod)? else {
+            return Ok(());
+        };
+        let now = usage.number(MEMORY)?;
+        still = if now > most { 0 } else { still + 1 };
+        most = most.max(now);
+        all.push(now);
     }
     Ok(())
 }
