@@ -255,8 +255,7 @@ fn device_nodes_are_the_containers_own(node: &Node) -> Result<()> {
     );
     security(&mut config).masked_paths = vec!["/proc/kallsyms".to_owned()];
     let one = pod.start(&config)?;
-    let line =
-        "until [ $(stat -c %a /dev/zero) = 600 ]; do sleep 0.1; done; stat -c %a%u /dev/null";
+    let line = "until [ $(stat -c %u /dev/null) = 7 ]; do sleep 0.1; done; stat -c %a%u /dev/null";
     let said = node.cri()?.shell(&one, line)?;
     ensure!(said == "6007", "{said}");
     let line = "stat -c %a%u /dev/null /dev/zero";
