@@ -15,6 +15,7 @@ pub mod fake_registry;
 mod fields;
 pub mod http;
 pub mod hypervisor;
+pub mod kubectl;
 pub mod leak;
 pub mod log;
 pub mod node;

@@ -113,6 +113,10 @@ fn environment(directory: &Path, assets: &Path, runtime: &str) -> Result<Vec<(St
     Ok(vec![
         ("BULKHEAD_BIN_DIR".to_owned(), text(directory)?),
         ("BULKHEAD_TEST_ASSETS".to_owned(), text(assets)?),
+        (
+            "BULKHEAD_TEST_KUBECTL".to_owned(),
+            text(&assets::kubectl()?)?,
+        ),
         ("BULKHEAD_TEST_RUNTIME".to_owned(), runtime.to_owned()),
         // Pods share the host's network and cgroup roots: one test at a time.
         ("RUST_TEST_THREADS".to_owned(), "1".to_owned()),
