@@ -157,6 +157,8 @@ impl Config {
         range("vm.scratch_mib", config.vm.scratch_mib, 64..=16 << 20)?;
         let seconds = config.vm.boot_timeout_seconds;
         range("vm.boot_timeout_seconds", seconds, 1..=3600)?;
+        let seconds = config.network.cni_timeout_seconds;
+        range("network.cni_timeout_seconds", seconds, 1..=3600)?;
         config.streaming.tls()?;
         for (name, path) in [("root", &config.root), ("run", &config.run)] {
             if !path.is_absolute() {
@@ -226,6 +228,7 @@ mod tests {
         refuse("[vm]\nvcpus = 65", "vcpus");
         refuse("[vm]\nboot_timeout_seconds = 0", "boot_timeout_seconds");
         refuse("[log]\nwhen_full = \"burst\"", "when_full");
+        refuse("[network]\ncni_timeout_seconds = 0", "cni_timeout_seconds");
         refuse("[streaming]\naddress = \"localhost\"", "address");
         refuse("[streaming]\nkey = \"/key\"", "streaming.certificate");
         refuse("[streaming]\ncertificate = \"/pem\"", "streaming.key");

@@ -1,43 +1,142 @@
 //! Joins a link and a tap in one namespace: what enters one leaves by the other.
 //!
-//! Each gets an ingress qdisc with one filter that takes every frame (u32 with a key that always
-//! matches, so that only the most common classifier is needed) and redirects it to the other's
-//! egress (tc-mirred(8)). Neither the namespace's stack nor its packet filters see the frames.
+//! Each gets an ingress qdisc with filters (u32, so that only the most common classifier is needed)
+//! that redirect frames to the other's egress (tc-mirred(8)): every one, or those that a guard lets
+//! pass. Neither the namespace's stack nor its packet filters see any of them.
+
+use rtnetlink::packet_core::DefaultNla;
+use rtnetlink::packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionGeneric, TcActionMirror, TcActionMirrorOption,
+    TcActionOption, TcActionType, TcFilterU32Option, TcMirror, TcMirrorActionType, TcU32Key,
+    TcU32Selector, TcU32SelectorFlags,
+};
 
 use super::error::NetworkError;
+use super::guard::{Guard, Key, Verdict};
 use super::link::{Links, netlink};
 
-/// `ETH_P_ALL`, in the byte order of the wire as `tcm_info` wants it.
-const EVERY_PROTOCOL: u16 = 0x0003_u16.to_be();
+/// `ETH_P_ALL`.
+const EVERY_PROTOCOL: u16 = 0x0003;
 /// The handle of an ingress qdisc, `ffff:`.
 const INGRESS: u32 = 0xffff_0000;
+/// A key that every frame matches.
+const EVERYTHING: Key = Key {
+    at: 0,
+    value: 0,
+    mask: 0,
+};
+/// `TCA_GACT_PARMS` and `TC_ACT_SHOT` of include/uapi/linux: an action that drops (tc-gact(8)).
+const GACT_PARAMETERS: u16 = 2;
+const SHOT: u32 = 2;
 
-/// Redirects both ways between the links with the indices `a` and `b`.
-pub async fn join(links: &Links, a: u32, b: u32) -> Result<(), NetworkError> {
-    redirect(links, a, b).await?;
-    redirect(links, b, a).await
+/// Redirects both ways between the link and the tap with these indices; from the tap, what `guard`
+/// lets pass.
+pub async fn join(
+    links: &Links,
+    link: u32,
+    tap: u32,
+    guard: Option<&Guard>,
+) -> Result<(), NetworkError> {
+    let from = Ingress::open(links, link).await?;
+    from.add(1, EVERY_PROTOCOL, &[EVERYTHING], redirect(tap))
+        .await?;
+    let from = Ingress::open(links, tap).await?;
+    let mut priority = 1;
+    for rule in guard.map(Guard::rules).unwrap_or_default() {
+        let action = match rule.verdict {
+            Verdict::Pass => redirect(link),
+            Verdict::Drop => shot(),
+        };
+        from.add(priority, rule.protocol, &rule.keys, action)
+            .await?;
+        priority += 1;
+    }
+    let rest = match guard {
+        None => redirect(link),
+        Some(_) => shot(),
+    };
+    from.add(priority, EVERY_PROTOCOL, &[EVERYTHING], rest)
+        .await
 }
 
-async fn redirect(links: &Links, from: u32, to: u32) -> Result<(), NetworkError> {
-    let index = from.cast_signed();
-    links
-        .handle()
-        .qdisc()
-        .add(index)
-        .ingress()
-        .execute()
-        .await
-        .map_err(|error| netlink(format!("add an ingress qdisc to link {from}"), error))?;
-    let step = || format!("redirect link {from} to link {to}");
-    links
-        .handle()
-        .traffic_filter(index)
-        .add()
-        .parent(INGRESS)
-        .protocol(EVERY_PROTOCOL)
-        .redirect(to)
-        .map_err(|error| netlink(step(), error))?
-        .execute()
-        .await
-        .map_err(|error| netlink(step(), error))
+/// The filters of what a link receives.
+struct Ingress<'a> {
+    links: &'a Links,
+    index: u32,
+}
+
+impl<'a> Ingress<'a> {
+    async fn open(links: &'a Links, index: u32) -> Result<Self, NetworkError> {
+        let qdisc = links.handle().qdisc().add(index.cast_signed()).ingress();
+        let added = qdisc.execute().await;
+        let step = || format!("add an ingress qdisc to link {index}");
+        added.map_err(|error| netlink(step(), error))?;
+        Ok(Self { links, index })
+    }
+
+    /// Filters are asked in the order of their priorities.
+    async fn add(
+        &self,
+        priority: u16,
+        protocol: u16,
+        keys: &[Key],
+        action: TcAction,
+    ) -> Result<(), NetworkError> {
+        let mut selector = TcU32Selector::default();
+        selector.flags = TcU32SelectorFlags::Terminal;
+        selector.keys = keys.iter().map(key).collect();
+        // A rule has a dozen.
+        selector.nkeys = u8::try_from(keys.len()).unwrap_or(u8::MAX);
+        let options = [
+            TcFilterU32Option::Selector(selector),
+            TcFilterU32Option::Action(vec![action]),
+        ];
+        let fail = |error| {
+            netlink(
+                format!("add filter {priority} to link {}", self.index),
+                error,
+            )
+        };
+        let mut filters = self.links.handle().traffic_filter(self.index.cast_signed());
+        let filter = filters
+            .add()
+            .parent(INGRESS)
+            .priority(priority)
+            .protocol(protocol.to_be())
+            .u32(&options)
+            .map_err(fail)?;
+        filter.execute().await.map_err(fail)
+    }
+}
+
+fn key(key: &Key) -> TcU32Key {
+    let mut own = TcU32Key::default();
+    (own.off, own.val, own.mask) = (key.at, key.value, key.mask);
+    own
+}
+
+fn redirect(to: u32) -> TcAction {
+    let mut mirror = TcMirror::default();
+    mirror.generic = TcActionGeneric::default();
+    mirror.generic.action = TcActionType::Stolen;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = to;
+    let options = TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror));
+    action(TcActionMirror::KIND, options)
+}
+
+fn shot() -> TcAction {
+    // `struct tc_gact`: index, capab, action, refcnt, bindcnt.
+    let words = [0, 0, SHOT, 0, 0].map(u32::to_ne_bytes).concat();
+    let options = TcActionOption::Other(DefaultNla::new(GACT_PARAMETERS, words));
+    action("gact", options)
+}
+
+fn action(kind: &str, options: TcActionOption) -> TcAction {
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(kind.to_owned()),
+        TcActionAttribute::Options(vec![options]),
+    ];
+    action
 }

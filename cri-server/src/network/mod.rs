@@ -10,6 +10,8 @@ mod cni;
 mod dns;
 mod error;
 mod forwarding;
+mod guard;
+mod interface;
 mod link;
 mod mirror;
 mod nat;
@@ -34,10 +36,12 @@ use serde::{Deserialize, Serialize};
 pub use cni::CniError;
 pub use dns::Dns;
 pub use error::NetworkError;
+pub use interface::{Address, Interface, Neighbour, PodNetwork, Route};
 pub use prefix::{Ipv4Prefix, Ipv6Prefix};
 pub use tap::Tap;
 
 use cni::{Cni, Promise};
+use guard::Guard;
 use link::{Link, Links};
 use netns::Namespace;
 use owner::{Attachment, Owner, Wanted};
@@ -61,6 +65,8 @@ pub struct Config {
     pub cni_template: Option<PathBuf>,
     /// Where CNI plugins are, the first one counts.
     pub cni_plugins: Vec<PathBuf>,
+    /// How long one call of one plugin may take, in seconds.
+    pub cni_timeout_seconds: u32,
     /// The pods' IPv4 addresses. Default: those the kubelet gives this node, else a /20 that
     /// overlaps no route of the host.
     pub pool: Option<Ipv4Prefix>,
@@ -76,92 +82,12 @@ impl Default for Config {
             cni: "/etc/cni/net.d".into(),
             cni_template: None,
             cni_plugins: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            cni_timeout_seconds: 60,
             pool: None,
             pool6: None,
             mtu: None,
         }
     }
-}
-
-/// A pod's network as its record and its guest know it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodNetwork {
-    /// Where the pod's network namespace is mounted.
-    pub netns: PathBuf,
-    /// The guest's cards, the first one primary.
-    pub interfaces: Vec<Interface>,
-    /// The host's resolver, for pods that bring no configuration.
-    pub dns: Dns,
-}
-
-/// One network card of a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Interface {
-    /// Its name in the guest, such as `eth0`.
-    pub name: String,
-    /// Its hardware address.
-    pub mac: [u8; 6],
-    /// Largest payload of a frame, in bytes.
-    pub mtu: u32,
-    /// Its addresses.
-    pub addresses: Vec<Address>,
-    /// Its routes.
-    pub routes: Vec<Route>,
-    /// Whether these are all routes there are; else its addresses bring those to their networks.
-    #[serde(default)]
-    pub exact_routes: bool,
-    /// Neighbours that are not to be asked for.
-    #[serde(default)]
-    pub neighbours: Vec<Neighbour>,
-    /// Name of its tap in the pod's namespace.
-    pub tap: String,
-}
-
-/// An address with the length of its network's prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Address {
-    /// The address.
-    pub address: IpAddr,
-    /// Bits of the network part.
-    pub prefix: u8,
-}
-
-/// A route of a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Route {
-    /// The network it leads to; all zeros with prefix 0 is everything.
-    pub destination: IpAddr,
-    /// Bits of the network part.
-    pub prefix: u8,
-    /// The next hop; none on the link.
-    pub gateway: Option<IpAddr>,
-    /// The lower one is preferred; 0 is the kernel's default.
-    #[serde(default)]
-    pub metric: u32,
-    /// The largest packet in bytes; 0 is the card's.
-    #[serde(default)]
-    pub mtu: u32,
-    /// The largest TCP segment to ask for, in bytes; 0 is by the MTU.
-    #[serde(default)]
-    pub advertised_mss: u32,
-    /// `rtm_scope` of rtnetlink(7).
-    #[serde(default)]
-    pub scope: u8,
-    /// The next hop is on the link, though no route says so.
-    #[serde(default)]
-    pub on_link: bool,
-    /// The own address to prefer.
-    #[serde(default)]
-    pub source: Option<IpAddr>,
-}
-
-/// A neighbour with its hardware address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Neighbour {
-    /// The address.
-    pub address: IpAddr,
-    /// The hardware address.
-    pub mac: [u8; 6],
 }
 
 /// The pods' networks of one server.
@@ -262,11 +188,11 @@ impl Network {
             ports: HostPort::of_pod(pod)?,
         };
         let attachment = self.owner.attach(wanted).await?;
-        let mtu = attachment.mtu;
+        let guard = attachment.guard();
         let add = move || async move {
             let links = Links::open()?;
             let pod = present(&links, POD_LINK).await?;
-            add_tap(&links, &pod, &tap_name(0), mtu, queues).await
+            add_tap(&links, &pod, &tap_name(0), queues, Some(&guard)).await
         };
         let tap = namespace.run(add).await?;
         // The bridge opens its port, the host's end sends, and the first pod's bridge answers by
@@ -376,7 +302,7 @@ async fn add_cards(promise: Promise, queues: usize) -> Result<Vec<(Interface, Ta
         let pod = present(&links, name).await?;
         let tap = tap_name(number);
         let interface = card::read(&links, &pod, &tap).await?;
-        let descriptor = add_tap(&links, &pod, &tap, pod.mtu, queues).await?;
+        let descriptor = add_tap(&links, &pod, &tap, queues, None).await?;
         cards.push((interface, descriptor));
     }
     let missing: Vec<String> = promise
@@ -397,20 +323,21 @@ async fn add_cards(promise: Promise, queues: usize) -> Result<Vec<(Interface, Ta
     }
 }
 
-/// Makes the tap of a link in this namespace, and the mirror between them.
+/// Makes the tap of a link in this namespace, and the mirror between them; `guard` is what the
+/// guest's frames have to pass.
 async fn add_tap(
     links: &Links,
     pod: &Link,
     name: &str,
-    mtu: u32,
     queues: usize,
+    guard: Option<&Guard>,
 ) -> Result<Tap, NetworkError> {
     let opened = tap::open(name, queues)?;
     let tap = present(links, name).await?;
-    links.set_mtu(&tap, mtu).await?;
+    links.set_mtu(&tap, pod.mtu).await?;
     // The mirror before the pod's link, so that no frame reaches the namespace's own stack.
     links.up(&tap).await?;
-    mirror::join(links, pod.index, tap.index).await?;
+    mirror::join(links, pod.index, tap.index, guard).await?;
     links.up(pod).await?;
     Ok(opened)
 }

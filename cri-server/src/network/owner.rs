@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::bridge::{self, Bridge, Plan};
 use super::error::NetworkError;
 use super::forwarding;
+use super::guard::Guard;
 use super::link::{Links, Pair};
 use super::nat::{self, Way};
 use super::pool::Pool;
@@ -58,6 +59,17 @@ pub struct Attachment {
     pub subnets: Subnets,
     pub mac: [u8; 6],
     pub mtu: u32,
+}
+
+impl Attachment {
+    /// What its guest may send.
+    pub fn guard(&self) -> Guard {
+        Guard {
+            mac: self.mac,
+            v4: self.address,
+            v6: self.subnets.beside(self.address),
+        }
+    }
 }
 
 /// Sends to the owner.

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::link::Pair;
 use super::*;
 
+mod guard;
 mod host_ports;
 mod six;
 

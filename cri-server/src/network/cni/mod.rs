@@ -112,6 +112,7 @@ pub struct Cni {
     directory: PathBuf,
     template: Option<PathBuf>,
     programs: Vec<PathBuf>,
+    limit: Duration,
     cache: Cache,
 }
 
@@ -122,6 +123,7 @@ impl Cni {
             directory: config.cni,
             template: config.cni_template,
             programs: config.cni_plugins,
+            limit: Duration::from_secs(config.cni_timeout_seconds.into()),
             cache: Cache::new(cache),
         }
     }
@@ -335,7 +337,7 @@ impl Cni {
         for plugin in &list.plugins {
             let mut config = configuration(&list, plugin, None, None);
             config["cni.dev/valid-attachments"] = valid.clone().into();
-            let call = self.call(Operation::Gc, plugin, None, config, plugin::TIME_LIMIT);
+            let call = self.call(Operation::Gc, plugin, None, config, self.limit);
             if let Err(error) = call.await {
                 tracing::warn!(%error, "what pods of earlier have left was not collected");
             }
@@ -359,7 +361,7 @@ impl Cni {
         let told = operation == Operation::Add || list.has_check();
         let before = Some(&attachment.result).filter(|result| told && !result.is_null());
         let config = configuration(list, plugin, Some(&attachment.arguments), before);
-        self.call(operation, plugin, Some(about), config, plugin::TIME_LIMIT)
+        self.call(operation, plugin, Some(about), config, self.limit)
             .await
     }
 

@@ -12,8 +12,6 @@ use tokio::process::Command;
 use super::CniError;
 use super::reply::Refusal;
 
-/// How long one plugin may take.
-pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// The longest answer, in bytes.
 const ANSWER_BYTES: usize = 1 << 20;
 /// How much of what a plugin says beside its answer is told, in bytes from the end.
@@ -219,6 +217,8 @@ mod tests {
 
     use super::*;
     use serde_json::json;
+
+    const TIME_LIMIT: Duration = Duration::from_secs(60);
 
     async fn run(script: &str, limit: Duration) -> Result<Value, CniError> {
         let directory = tempfile::tempdir().unwrap();

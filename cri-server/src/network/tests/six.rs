@@ -4,7 +4,7 @@ use std::net::Ipv6Addr;
 
 use super::*;
 
-fn ipv6(pod: &Pod) -> (Ipv6Addr, Ipv6Addr) {
+pub fn ipv6(pod: &Pod) -> (Ipv6Addr, Ipv6Addr) {
     let address = pod.interface.addresses[1].address;
     let gateway = pod.interface.routes[1].gateway.unwrap();
     match (address, gateway) {
@@ -19,7 +19,7 @@ fn setting(path: &str) -> String {
 }
 
 /// ICMPv6 in IPv6 with the hop limit that neighbour discovery wants (RFC 4861 §6.1.2, §7.1.1).
-fn icmp6(from: Ipv6Addr, to: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
+pub fn icmp6(from: Ipv6Addr, to: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
     let length = u16::try_from(message.len()).unwrap();
     let mut sum = u32::from(length) + 58;
     let words = [from.octets(), to.octets()].concat();
