@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -70,24 +69,6 @@ pub fn expect_unused(directory: &Path) -> Result<()> {
     let mut left = BTreeSet::new();
     mounts(std::process::id(), &mut left)?;
     left.retain(|line| line.contains(&format!("{text}/")));
-    ensure!(left.is_empty(), "left behind: {left:?}");
-    Ok(())
-}
-
-/// Fails if an embedded bridge, or rules of one, are on the host: they go with the last pod.
-pub fn expect_no_bridge() -> Result<()> {
-    let mut left = Vec::new();
-    for entry in fs::read_dir("/sys/class/net")? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if name.starts_with("bulkhead") {
-            left.push(name);
-        }
-    }
-    let tables = Command::new("nft").args(["list", "tables"]).output()?;
-    ensure!(tables.status.success(), "nft: {tables:?}");
-    let tables = String::from_utf8(tables.stdout)?;
-    let ours = tables.lines().filter(|table| table.contains("bulkhead"));
-    left.extend(ours.map(str::to_owned));
     ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(())
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::PodSandboxConfig;
 
 use crate::fake_registry::FakeRegistry;
+use crate::footprint::Footprint;
 use crate::registry::Registry;
 use crate::request::{self, CGROUP_PARENT, Pod};
 use crate::server::{Plan, Runtime, Server};
@@ -56,6 +57,8 @@ pub struct Node {
     programs: PathBuf,
     server: OnceLock<Server>,
     spoiled: AtomicBool,
+    /// The host's network before anything ran. The reference's plugins leave their bridge.
+    footprint: Option<Footprint>,
     // Last, so that it goes after what lies in it.
     scratch: Scratch,
 }
@@ -84,6 +87,10 @@ impl Node {
         ensure!(rustix::process::geteuid().is_root(), "the suites need root");
         let scratch = Scratch::mount(suite, "size=75%")?;
         make_cgroup_parent()?;
+        let footprint = match runtime {
+            Runtime::Bulkhead => Some(Footprint::look()?),
+            Runtime::Reference => None,
+        };
         Ok(Self {
             registry: Registry::start(&assets.join("registry"), scratch.path())?,
             fake_registry: FakeRegistry::start()?,
@@ -91,6 +98,7 @@ impl Node {
             programs,
             server: OnceLock::new(),
             spoiled: AtomicBool::new(false),
+            footprint,
             scratch,
         })
     }
@@ -181,8 +189,9 @@ impl Node {
         self.spoiled.store(true, Ordering::Relaxed);
     }
 
-    /// Ends the server and checks that it leaves nothing that runs or is mounted, and no bridge. What
-    /// a case that failed has left was told with it, and is no fault of the end.
+    /// Ends the server and checks that it leaves nothing that runs or is mounted, and the host's
+    /// network as it was. What a case that failed has left was told with it, and is no fault of
+    /// the end.
     pub fn close(self) -> Result<()> {
         let Some(server) = self.server.into_inner() else {
             return Ok(());
@@ -193,8 +202,8 @@ impl Node {
             return Ok(());
         }
         leak::expect_unused(&home)?;
-        if self.runtime == Runtime::Bulkhead {
-            leak::expect_no_bridge()?;
+        if let Some(before) = self.footprint {
+            before.expect_again()?;
         }
         remove_cgroup_parent()
     }
