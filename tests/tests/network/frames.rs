@@ -10,7 +10,7 @@ use bulkhead_tests::http::{connect, fetch};
 use bulkhead_tests::node::{WEB as WEB_IMAGE, counted};
 use bulkhead_tests::request::{Pod, container, pod_resources, security, shell, sleeper};
 
-use crate::{addresses, gateways, run};
+use crate::{WEB, addresses, gateways, run};
 
 pub fn large_transfers_arrive_whole(node: &Node) -> Result<()> {
     const BYTES: usize = 8 << 20;
@@ -203,7 +203,7 @@ pub fn forged_addresses_are_not_heard(node: &Node) -> Result<()> {
     let cri = node.cri()?;
     let image = node.image(WEB_IMAGE)?;
     let (neighbour, rogue) = (node.pod("neighbour")?, node.pod("rogue")?);
-    neighbour.start(&container("lighttpd", &image, &[]))?;
+    neighbour.start(&shell("httpd", &node.base()?, WEB))?;
     let mut forger = sleeper("forger", &image);
     let capabilities = security(&mut forger).capabilities.get_or_insert_default();
     capabilities.add_capabilities.push("NET_RAW".to_owned());
