@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use super::TIMES;
-use super::clock::{Clocks, RUNS};
+use super::clock::{Clocks, NETWORK_RUNS};
 use super::table::{Figures, Table, Unit};
 
 /// What passes between pods and the host, as the clock names it.
@@ -22,15 +22,15 @@ const MOVED: [(&str, &str); 8] = [
 
 /// What a device counted, as the clock names it: the transfer and the queue that its bytes pass.
 const COUNTED: [(&str, &str, &str); 4] = [
-    ("16 MiB, pod → host", "sent", "from guest"),
-    ("16 MiB, host → pod", "received", "to guest"),
+    ("8 MiB, pod → host", "sent", "from guest"),
+    ("8 MiB, host → pod", "received", "to guest"),
     (
-        "16 MiB, pod → host, 8 connections",
+        "8 MiB, pod → host, 8 connections",
         "sent by 8",
         "from guest",
     ),
     (
-        "16 MiB, host → pod, 8 connections",
+        "8 MiB, host → pod, 8 connections",
         "received by 8",
         "to guest",
     ),
@@ -38,7 +38,7 @@ const COUNTED: [(&str, &str, &str); 4] = [
 
 /// Measures and prints.
 pub fn print(clocks: &Clocks) -> Result<ExitCode> {
-    println!("Medians of {RUNS} runs, in the nested test machine; ≤, ≥: aim");
+    println!("Medians of {NETWORK_RUNS} runs, in the nested test machine; ≤, ≥: aim");
     for (clock, words, unit) in TIMES {
         let figures = clocks.network(clock)?;
         println!("\n{words}");
