@@ -1,15 +1,16 @@
 //! The command line.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bulkhead_cri_api::v1::PodSandboxFilter;
 use bulkhead_tests::node::{BASE, WEB};
 use bulkhead_tests::request::{resources, shell, sleeper};
-use bulkhead_tests::{Node, suite};
+use bulkhead_tests::{Node, log, suite};
 use rustix::process::{Pid, Signal, kill_process};
 
 suite! {
@@ -23,6 +24,10 @@ suite! {
     ps_lists_pods_and_containers,
     logs_gives_what_a_container_has_written,
     logs_follows_a_container_to_its_end,
+    exec_has_the_callers_streams_and_gives_the_exit_status,
+    exec_has_the_callers_terminal,
+    exec_that_is_interrupted_ends,
+    attach_shows_a_container_to_its_end,
     stats_shows_what_pods_and_containers_use,
     console_shows_what_the_guests_kernel_says,
     images_lists_images,
@@ -247,6 +252,109 @@ fn logs_follows_a_container_to_its_end(node: &Node) -> Result<()> {
     ensure!(lines.next().context("a line")?? == "last");
     ensure!(lines.next().is_none(), "it goes on after the end");
     ensure!(follower.wait()?.success());
+    Ok(())
+}
+
+fn exec_has_the_callers_streams_and_gives_the_exit_status(node: &Node) -> Result<()> {
+    let id = node.pod("exec")?.start(&sleeper("main", &node.base()?))?;
+    let line = "sha256sum; echo err >&2; exit 7";
+    let arguments = ["exec", &socket(node)?, "-i", &id, "sh", "-c", line];
+    let (mut command, _) = bulkhead(node, &arguments)?;
+    command.stdin(Stdio::piped());
+    let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn()?;
+    let mut stdin = child.stdin.take().context("stdin")?;
+    // More than all buffers on the way hold.
+    stdin.write_all(&vec![b'x'; 3 << 20])?;
+    drop(stdin);
+    let done = child.wait_with_output()?;
+    let said = (done.stdout.as_slice(), done.stderr.as_slice());
+    let sum = "3bea8a9a07c1e8dcaa4c1b816815c35a29b4fb585ba6ecc70ea44840a794cfb3  -\n";
+    ensure!(said == (sum.as_bytes(), b"err\n"), "{done:?}");
+    ensure!(done.status.code() == Some(7), "{done:?}");
+    let missing = output(node, &["exec", &socket(node)?, &id, "/no/such/program"])?;
+    let said = String::from_utf8_lossy(&missing.stderr);
+    ensure!(said.contains("/no/such/program"), "{missing:?}");
+    ensure!(missing.status.code() == Some(125), "{missing:?}");
+    Ok(())
+}
+
+fn exec_has_the_callers_terminal(node: &Node) -> Result<()> {
+    let id = node
+        .pod("exec-tty")?
+        .start(&sleeper("main", &node.base()?))?;
+    let socket = socket(node)?;
+    let program = node.programs().join("bulkhead");
+    let line = format!(
+        "stty rows 33 cols 77; {} exec {socket} -it {id} sh -c 'tty; sleep 1; stty size; exit 4'",
+        program.display()
+    );
+    // script(1) gives it a terminal, and its exit status on.
+    let done = Command::new("script")
+        .args(["--quiet", "--return", "--command", &line, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()?;
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    ensure!(
+        said.contains("/dev/pts/") && said.contains("33 77"),
+        "{done:?}"
+    );
+    ensure!(done.status.code() == Some(4), "{done:?}");
+    Ok(())
+}
+
+fn exec_that_is_interrupted_ends(node: &Node) -> Result<()> {
+    let id = node
+        .pod("exec-lost")?
+        .start(&sleeper("main", &node.base()?))?;
+    let arguments = ["exec", &socket(node)?, &id, "sleep", "7105"];
+    let (mut command, _) = bulkhead(node, &arguments)?;
+    let mut child = command.spawn()?;
+    let count = || {
+        node.cri()?
+            .shell(&id, "ps -o args | grep -c '^sleep 7105' || true")
+    };
+    let settles = |wanted: &str| -> Result<()> {
+        for _ in 0..100 {
+            if count()? == wanted {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        bail!("{} commands, not {wanted}", count()?)
+    };
+    settles("1")?;
+    child.kill()?;
+    child.wait()?;
+    settles("0")
+}
+
+fn attach_shows_a_container_to_its_end(node: &Node) -> Result<()> {
+    let pod = node.pod("attach")?;
+    let line = "echo before; while read word; do echo \"got $word\"; done; echo after";
+    let mut config = shell("main", &node.base()?, line);
+    (config.stdin, config.stdin_once) = (true, true);
+    let id = pod.start(&config)?;
+    log::wait_for(&pod.log_path(&config), "before\n")?;
+    let (mut watcher, _) = bulkhead(node, &["attach", &socket(node)?, &id])?;
+    let watcher = watcher.stdout(Stdio::piped()).spawn()?;
+    let (mut typist, _) = bulkhead(node, &["attach", &socket(node)?, "-i", &id])?;
+    let piped = typist.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut typist = piped.spawn()?;
+    // Both are there before anything is typed.
+    std::thread::sleep(Duration::from_secs(2));
+    typist
+        .stdin
+        .take()
+        .context("stdin")?
+        .write_all(b"one\ntwo\n")?;
+    for child in [watcher, typist] {
+        let done = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        ensure!(said == "got one\ngot two\nafter\n", "{said:?}");
+        ensure!(done.status.success(), "{done:?}");
+    }
+    ensure!(node.cri()?.wait(&id)?.exit_code == 0, "its end");
     Ok(())
 }
 

@@ -109,6 +109,19 @@ impl Client {
         Ok(answer.into_inner().status.unwrap_or_default())
     }
 
+    /// Whether a container has a terminal, which it alone decides.
+    pub async fn has_terminal(&self, id: &str) -> Result<bool, Failure> {
+        let request = ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: true,
+        };
+        let answer = self.runtime.clone().container_status(request).await;
+        let answer = answer.map_err(|status| Failure::call("look after the container", &status))?;
+        let info = answer.into_inner().info.remove("info").unwrap_or_default();
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
+        Ok(info["process"]["terminal"].as_bool().unwrap_or_default())
+    }
+
     /// The end of what a pod's kernel has written to its console. It comes from the guest, so it is
     /// made harmless for terminals.
     pub async fn console(&self, pod: &str) -> Result<String, Failure> {

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod client;
+mod exec;
 mod failure;
 mod log;
 mod logs;
@@ -8,6 +9,7 @@ mod private;
 mod pull;
 mod run;
 mod stats;
+mod stream;
 mod sys;
 mod table;
 
@@ -30,6 +32,7 @@ Examples:
   sudo bulkhead serve                               a CRI server for crictl or a kubelet
   sudo bulkhead ps -a                               its pods and containers
   sudo bulkhead logs -f 0123                        what container 0123… writes
+  sudo bulkhead exec -it 0123 sh                    a shell in it
   sudo bulkhead stats                               what they use";
 
 const RUN_EXAMPLES: &str = "\
@@ -73,6 +76,21 @@ enum Command {
         container: String,
         #[command(flatten)]
         server: Server,
+    },
+    /// Runs a command in a running container
+    #[command(after_help = "The exit status is the command's own; 125 is a failure of bulkhead.")]
+    Exec {
+        #[command(flatten)]
+        server: Server,
+        #[command(flatten)]
+        wanted: exec::Exec,
+    },
+    /// Shows what a running container writes from now on, and passes input on to it
+    Attach {
+        #[command(flatten)]
+        server: Server,
+        #[command(flatten)]
+        wanted: exec::Attach,
     },
     /// Shows what pods and containers use; on a terminal it goes on until Ctrl-C
     #[command(
@@ -184,6 +202,14 @@ fn dispatch(command: Command) -> Result<u8, Failure> {
             block_on(async {
                 logs::logs(&Client::require(&socket).await?, &container, follow).await
             })
+        }
+        Command::Exec { server, wanted } => {
+            let socket = server.socket()?;
+            block_on(async { wanted.run(&Client::require(&socket).await?).await })
+        }
+        Command::Attach { server, wanted } => {
+            let socket = server.socket()?;
+            block_on(async { wanted.run(&Client::require(&socket).await?).await })
         }
         Command::Stats { server } => {
             let socket = server.socket()?;
