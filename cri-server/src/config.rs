@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::container::log::WhenFull;
-use crate::{image, network, streaming};
+use crate::{image, metrics, network, streaming};
 
 /// Where the configuration is when the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
@@ -31,6 +31,8 @@ pub struct Config {
     pub network: network::Config,
     /// The containers' logs.
     pub log: Log,
+    /// The server's own figures.
+    pub metrics: metrics::Config,
     /// The streaming server, for exec, attach and port-forward.
     pub streaming: streaming::Config,
 }
@@ -45,6 +47,7 @@ impl Default for Config {
             registry: image::Registries::default(),
             network: network::Config::default(),
             log: Log::default(),
+            metrics: metrics::Config::default(),
             streaming: streaming::Config::default(),
         }
     }

@@ -8,6 +8,7 @@ mod deadline;
 mod doctor;
 mod guest;
 mod image;
+mod metrics;
 mod network;
 mod numbers;
 mod pulls;

@@ -17,6 +17,7 @@ suite! {
     run_gives_the_containers_output_and_exit_status,
     run_takes_the_images_command,
     run_brings_up_a_server_of_its_own,
+    run_says_where_the_time_went,
     run_is_removed_by_ctrl_c,
     run_says_that_memory_was_short,
     run_of_a_missing_command_says_so,
@@ -97,6 +98,26 @@ fn run_brings_up_a_server_of_its_own(node: &Node) -> Result<()> {
     let done = output(node, &["run", &config, &image, "--", "cat", "/data/kept"])?;
     ensure!(done.status.success(), "{done:?}");
     ensure!(done.stdout == b"layer 1\n", "{done:?}");
+    Ok(())
+}
+
+fn run_says_where_the_time_went(node: &Node) -> Result<()> {
+    let image = node.base()?;
+    let done = output(
+        node,
+        &["run", "--timings", &socket(node)?, &image, "--", "true"],
+    )?;
+    ensure!(done.status.success(), "{done:?}");
+    let said = String::from_utf8_lossy(&done.stderr);
+    let parts: Vec<_> = said
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    ensure!(
+        parts == ["image", "pod", "create", "start", "run", "remove"],
+        "{said}"
+    );
+    ensure!(said.contains("guest "), "{said}");
     Ok(())
 }
 

@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::cri::{labels, refused};
-use bulkhead_tests::node::is_reference;
+use bulkhead_tests::node::{BASE, is_reference};
+use bulkhead_tests::registry::free_port;
 use bulkhead_tests::request::{Pod, resources, shell, sleeper};
-use bulkhead_tests::{Node, suite};
+use bulkhead_tests::{Node, http, suite};
 use tonic::Code;
 
 suite! {
@@ -20,6 +21,7 @@ suite! {
     every_metric_described_is_served,
     streamed_lists_are_the_plain_ones,
     pod_whose_vm_is_stuck_is_left_out,
+    metrics_of_the_server_are_served,
 }
 
 const MIB: u64 = 1 << 20;
@@ -386,4 +388,46 @@ fn pod_whose_vm_is_stuck_is_left_out(node: &Node) -> Result<()> {
         .collect();
     ensure!(ids.len() == 1 && ids[0].id == id, "{ids:?}");
     Ok(())
+}
+
+fn metrics_of_the_server_are_served(node: &Node) -> Result<()> {
+    let address = free_port()?;
+    let mut plan = node.plan("metrics");
+    plan.settings = format!("metrics.address = \"{address}\"");
+    let server = plan.start()?;
+    let image = node.image_on(&server.cri, BASE)?;
+    let pod = Pod::run(&server.cri, node.pod_config("metrics")?)?;
+    pod.start(&sleeper("runs", &image))?;
+    let unknown = CheckpointContainerRequest::default();
+    refused(
+        server.cri.checkpoint_container(unknown),
+        &[Code::Unimplemented],
+    )?;
+    let text = http::get(address, "/metrics")?;
+    let value = |name: &str| -> Result<f64> {
+        let mut lines = text.lines();
+        let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line
+            .with_context(|| format!("no {name} in\n{text}"))?
+            .parse()?)
+    };
+    for (name, wanted) in [
+        ("bulkhead_pods{state=\"ready\"}", 1.0),
+        ("bulkhead_containers{state=\"running\"}", 1.0),
+        (
+            "bulkhead_call_seconds_count{method=\"RunPodSandbox\",code=\"0\"}",
+            1.0,
+        ),
+        (
+            "bulkhead_call_seconds_count{method=\"unimplemented\",code=\"12\"}",
+            1.0,
+        ),
+        ("bulkhead_pod_start_seconds_count{phase=\"guest\"}", 1.0),
+        ("bulkhead_pod_start_seconds_count{phase=\"network\"}", 1.0),
+    ] {
+        ensure!(value(name)? == wanted, "{name} is {}", value(name)?);
+    }
+    ensure!(value("bulkhead_pods_memory_bytes")? > MIB as f64, "{text}");
+    ensure!(value("bulkhead_images_bytes")? > MIB as f64, "{text}");
+    server.stop()
 }

@@ -140,6 +140,17 @@ impl Client {
         Ok(harmless(&console))
     }
 
+    /// What the server says of a pod for those who look closely: JSON.
+    pub async fn pod_info(&self, pod: &str) -> Result<String, Failure> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.to_owned(),
+            verbose: true,
+        };
+        let answer = self.runtime.clone().pod_sandbox_status(request).await;
+        let answer = answer.map_err(|status| Failure::call("look after the pod", &status))?;
+        Ok(answer.into_inner().info.remove("info").unwrap_or_default())
+    }
+
     /// Fails with the server's reason when it cannot run pods.
     pub async fn require_readiness(&self) -> Result<(), Failure> {
         let answer = self

@@ -9,6 +9,7 @@ use super::stream::{self, Wants};
 
 /// A command in a running container.
 #[derive(Args)]
+#[group(skip)]
 pub struct Exec {
     /// Passes standard input on
     #[arg(long, short)]
@@ -46,6 +47,7 @@ impl Exec {
 
 /// A running container.
 #[derive(Args)]
+#[group(skip)]
 pub struct Attach {
     /// Passes standard input on, if the container was made to have one
     #[arg(long, short)]

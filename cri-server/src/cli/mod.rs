@@ -12,6 +12,8 @@ mod stats;
 mod stream;
 mod sys;
 mod table;
+mod timings;
+mod value;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};

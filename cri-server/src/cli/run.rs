@@ -18,7 +18,8 @@ use super::client::{Client, NoServer};
 use super::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND};
 use super::log::Log;
 use super::private::Private;
-use super::pull;
+use super::timings::{self, Timings};
+use super::{pull, value};
 
 /// Marks a command's pod, so that it is found again when its id was never told.
 const LABEL: &str = "bulkhead.run/command";
@@ -39,14 +40,17 @@ pub struct Run {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
     /// Name of the pod, and its hostname [default: a random one]
-    #[arg(long, value_parser = name)]
+    #[arg(long, value_parser = value::name)]
     name: Option<String>,
     /// Sets an environment variable; without a value, passes on this process's
-    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
+    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = value::variable)]
     env: Vec<(String, String)>,
     /// The most memory the container may use, such as 256M or 2G
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = value::bytes)]
     memory: Option<i64>,
+    /// Prints at the end where the milliseconds went
+    #[arg(long)]
+    timings: bool,
     /// Socket of a running server [default: the configured one, or else a server of its own]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -67,8 +71,14 @@ impl Run {
         let session = Session::new(self, client, logs.clone());
         let result = match session {
             Ok(session) => {
-                let result = session.run(&mut signals).await;
+                let mut timings = Timings::begin();
+                let result = session.run(&mut signals, &mut timings).await;
+                timings.end("run", String::new());
                 session.remove().await;
+                timings.end("remove", String::new());
+                if self.timings {
+                    eprint!("{}", timings.show());
+                }
                 result
             }
             Err(failure) => Err(failure),
@@ -154,17 +164,18 @@ impl<'a> Session<'a> {
         })
     }
 
-    async fn run(&self, signals: &mut Signals) -> Result<u8, Failure> {
+    async fn run(&self, signals: &mut Signals, timings: &mut Timings) -> Result<u8, Failure> {
         let image = tokio::select! {
             image = self.prepare() => image?,
             number = signals.next() => return Ok(128 + number),
         };
+        timings.end("image", String::new());
         // To be told of the log's making, one must look before it is made.
         let mut log = Log::open(&self.logs.join(LOG)).map_err(|error| {
             Failure::own(format!("cannot watch {}: {error}", self.logs.display()))
         })?;
         let container = {
-            let mut start = std::pin::pin!(self.start(image));
+            let mut start = std::pin::pin!(self.start(image, timings));
             tokio::select! {
                 container = &mut start => container?,
                 number = signals.next() => {
@@ -186,7 +197,7 @@ impl<'a> Session<'a> {
     }
 
     /// Brings the container up and returns its id.
-    async fn start(&self, image: String) -> Result<String, Failure> {
+    async fn start(&self, image: String, timings: &mut Timings) -> Result<String, Failure> {
         let mut runtime = self.client.runtime.clone();
         let request = RunPodSandboxRequest {
             config: Some(self.pod.clone()),
@@ -198,6 +209,11 @@ impl<'a> Session<'a> {
             .map_err(|status| Failure::call("start the pod", &status))?
             .into_inner()
             .pod_sandbox_id;
+        let parts = match self.wanted.timings {
+            true => timings::of_start(&self.client.pod_info(&pod).await?),
+            false => String::new(),
+        };
+        timings.end("pod", parts);
         let request = CreateContainerRequest {
             pod_sandbox_id: pod,
             config: Some(self.container(image)),
@@ -209,6 +225,7 @@ impl<'a> Session<'a> {
             .map_err(|status| Failure::call("make the container", &status))?
             .into_inner()
             .container_id;
+        timings.end("create", String::new());
         let request = StartContainerRequest {
             container_id: container.clone(),
         };
@@ -220,6 +237,7 @@ impl<'a> Session<'a> {
                 ..failure
             });
         }
+        timings.end("start", String::new());
         Ok(container)
     }
 
@@ -423,85 +441,9 @@ pub fn random_name() -> io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// A pod's name is its hostname too: a DNS label.
-fn name(text: &str) -> Result<String, String> {
-    let plain = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit();
-    let good = (1..=63).contains(&text.len())
-        && text.chars().all(|letter| plain(letter) || letter == '-')
-        && !text.starts_with('-')
-        && !text.ends_with('-');
-    if good {
-        return Ok(text.to_owned());
-    }
-    Err("a name has 1 to 63 of a-z, 0-9 and -, and no - at its ends".to_owned())
-}
-
-fn variable(text: &str) -> Result<(String, String), String> {
-    let (name, value) = match text.split_once('=') {
-        Some((name, value)) => (name, value.to_owned()),
-        None => match std::env::var(text) {
-            Ok(value) => (text, value),
-            Err(_) => return Err(format!("{text} is not set here; give it a value: {text}=…")),
-        },
-    };
-    if name.is_empty() {
-        return Err("the variable has no name".to_owned());
-    }
-    Ok((name.to_owned(), value))
-}
-
-fn bytes(text: &str) -> Result<i64, String> {
-    let wrong = || format!("`{text}` is not an amount of memory such as 256M or 2G");
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let unit = text
-        .get(digits.len()..)
-        .unwrap_or_default()
-        .to_ascii_lowercase();
-    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(wrong()),
-    };
-    let number: i64 = digits.parse().map_err(|_| wrong())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|bytes| *bytes > 0)
-        .ok_or_else(wrong)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn amounts_of_memory_are_read_with_their_units() {
-        assert_eq!(bytes("4096"), Ok(4096));
-        assert_eq!(bytes("256M"), Ok(256 << 20));
-        assert_eq!(bytes("2GiB"), Ok(2 << 30));
-        for wrong in ["", "M", "-1M", "0", "1x", "9999999999T"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn names_are_dns_labels() {
-        assert!(name("web-1").is_ok());
-        for wrong in ["", "-a", "a-", "A", "a.b", &"a".repeat(64)] {
-            assert!(name(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn variables_come_with_a_value_or_from_the_environment() {
-        assert_eq!(variable("A=b=c"), Ok(("A".into(), "b=c".into())));
-        assert_eq!(variable("A="), Ok(("A".into(), String::new())));
-        assert!(variable("=b").is_err());
-        assert!(variable("PATH").is_ok());
-        assert!(variable("NO_SUCH_VARIABLE_HERE").is_err());
-    }
 
     #[test]
     fn a_start_that_fails_has_the_shells_exit_status() {

@@ -99,7 +99,8 @@ pub async fn join(url: &str, wants: Wants) -> Result<u8, Failure> {
                     match stream {
                         Some(STDOUT) => show(&mut std::io::stdout().lock(), &bytes)?,
                         Some(STDERR) => show(&mut std::io::stderr().lock(), &bytes)?,
-                        Some(STATUS) => {
+                        // Each stream begins with a message that holds nothing.
+                        Some(STATUS) if !bytes.is_empty() => {
                             let status: Status = serde_json::from_slice(&bytes)
                                 .map_err(|_| Failure::own("the server's last word is no status"))?;
                             drop(raw);

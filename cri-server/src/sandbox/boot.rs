@@ -53,6 +53,32 @@ impl std::fmt::Display for Stage {
     }
 }
 
+/// How long the parts of a pod's start took, in microseconds.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Phases {
+    /// On the host, until the VMM was started.
+    pub host_us: u64,
+    /// The network, as a part of that.
+    pub network_us: u64,
+    /// From then until the guest's agent answered.
+    pub guest_us: u64,
+    /// The agent's preparations.
+    pub prepare_us: u64,
+}
+
+impl Phases {
+    /// Each part by its name, none within another.
+    pub fn parts(&self) -> [(&'static str, u64); 4] {
+        let host = self.host_us.saturating_sub(self.network_us);
+        [
+            ("network", self.network_us),
+            ("host", host),
+            ("guest", self.guest_us),
+            ("prepare", self.prepare_us),
+        ]
+    }
+}
+
 /// A pod whose guest answers.
 #[derive(Debug)]
 pub struct Live {
@@ -60,6 +86,8 @@ pub struct Live {
     pub vm: Vm,
     /// Its agent.
     pub guest: Arc<Guest>,
+    /// How long its start took, if this server has started it.
+    pub phases: Option<Phases>,
 }
 
 /// A pod's record together with the machine, for what changes both.
@@ -88,7 +116,7 @@ impl Ground<'_> {
         let config = &self.record.config;
         let joining = Instant::now();
         let (network, taps) = self.host.network.set_up(&id, config, queues).await?;
-        let network_us = joining.elapsed().as_micros();
+        let network_us = microseconds(joining.elapsed());
 
         self.before(Step::Cgroup).await?;
         let cgroup = self.host.cgroup(&id, &self.record.config)?;
@@ -115,7 +143,11 @@ impl Ground<'_> {
         let launched = Instant::now();
         let vm = Vm::launch(launch, files, bulkhead_agent_api::PORT, sender).await?;
         let guest = Arc::new(Guest::new(self.record.secret, false, streams));
-        let live = Live { vm, guest };
+        let mut live = Live {
+            vm,
+            guest,
+            phases: None,
+        };
 
         let limit = deadline.at_most(self.host.config.vm.boot_timeout());
         let greeting = live.guest.identify(limit);
@@ -128,12 +160,19 @@ impl Ground<'_> {
         let request = self.prepare(&network)?;
         let prepared = live.guest.prepare(request, limit);
         live.or_died(prepared, || Stage::Prepare).await?;
+        let phases = Phases {
+            host_us: microseconds(launched - begun),
+            network_us,
+            guest_us: microseconds(answered - launched),
+            prepare_us: microseconds(answered.elapsed()),
+        };
+        live.phases = Some(phases);
+        self.host.metrics.started(&phases);
         tracing::info!(
             sandbox = %id, kernel = %identity.kernel_release, agent = %identity.agent_version,
             memory_mib = size.memory_mib, vcpus = size.vcpus,
-            host_us = (launched - begun).as_micros(), network_us,
-            guest_us = (answered - launched).as_micros(),
-            prepare_us = answered.elapsed().as_micros(),
+            host_us = phases.host_us, network_us,
+            guest_us = phases.guest_us, prepare_us = phases.prepare_us,
             "the guest is ready"
         );
 
@@ -257,6 +296,10 @@ impl Undo for Ground<'_> {
             }
         }
     }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Live {

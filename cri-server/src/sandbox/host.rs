@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bulkhead_cri_api::v1 as cri;
 use rustix::rand::GetRandomFlags;
@@ -14,6 +15,7 @@ use crate::cgroup::{Hierarchy, PodCgroup};
 use crate::config::{Artefacts, Config};
 use crate::container::log::Place;
 use crate::image::ImageStore;
+use crate::metrics::Metrics;
 use crate::network::Network;
 use crate::vm;
 
@@ -27,6 +29,8 @@ pub struct Host {
     pub network: Network,
     /// The images.
     pub images: ImageStore,
+    /// The server's own figures.
+    pub metrics: Arc<Metrics>,
     /// Where it is told what happens to pods.
     pub events: Events,
     /// This boot of the machine.
@@ -55,6 +59,7 @@ impl Host {
             records: Records::under(&config.root),
             network,
             images,
+            metrics: Arc::default(),
             events: Events::default(),
             boot: boot.trim().to_owned(),
             hierarchy: Hierarchy::detect().map_err(|error| error.to_string()),

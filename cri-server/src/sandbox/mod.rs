@@ -30,6 +30,7 @@ use crate::container::spec;
 use crate::deadline::Deadline;
 use record::Record;
 
+pub use boot::Phases;
 pub use error::SandboxError;
 pub use event::{Event, Events, Lagged, Step};
 pub use host::{Host, now};
@@ -159,6 +160,26 @@ impl Sandboxes {
         let locked = locked(&self.index);
         let views = locked.pods.values().map(Pod::view);
         views.filter(|view| view.is_known()).collect()
+    }
+
+    /// What the ready pods take of the host's memory, by their cgroups, in bytes.
+    pub async fn memory(&self) -> u64 {
+        let views = self.list();
+        let ready = views.iter().filter(|view| view.is_ready());
+        let groups = ready.filter_map(|view| {
+            let record = view.record();
+            Some(self.host.cgroup(&record.id, &record.config).ok()?.path())
+        });
+        let groups: Vec<_> = groups.collect();
+        let read = move || {
+            let sizes = groups.iter().map(|path| {
+                let size = std::fs::read_to_string(path.join("memory.current")).ok()?;
+                size.trim().parse::<u64>().ok()
+            });
+            // A pod that has just ended has none.
+            sizes.flatten().sum()
+        };
+        tokio::task::spawn_blocking(read).await.unwrap_or_default()
     }
 
     /// The tasks of the pods somebody knows of.

@@ -244,7 +244,11 @@ impl Owner {
         if identity.boot_id != agent {
             return Err("another guest answers in its place".to_owned());
         }
-        Ok(Live { vm, guest })
+        Ok(Live {
+            vm,
+            guest,
+            phases: None,
+        })
     }
 
     /// Serves the pod until it is removed or the server ends.

@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::SandboxError;
-use super::boot::Live;
+use super::boot::{Live, Phases};
 use super::host::{Host, new_id};
 use super::owner::{Answer, Request};
 use super::record::{Container, Record};
@@ -69,6 +69,11 @@ impl View {
     /// Whether it runs.
     pub fn is_ready(&self) -> bool {
         matches!(self.record.state, PodState::Ready { .. })
+    }
+
+    /// How long the pod's start took, if this server has started it.
+    pub fn phases(&self) -> Option<Phases> {
+        self.live.as_ref()?.phases
     }
 
     fn container(&self, id: &str) -> Result<&Container, SandboxError> {

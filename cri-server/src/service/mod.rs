@@ -27,6 +27,7 @@ use tonic::transport::Server;
 use crate::config::Config;
 use crate::container::exec::OUTPUT_BYTES;
 use crate::image::{ImageError, ImageStore};
+use crate::metrics::{self, Calls, Endpoint};
 use crate::network::{Network, NetworkError};
 use crate::pulls::Pulls;
 use crate::sandbox::{Host, SandboxError, Sandboxes};
@@ -45,6 +46,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// The metrics cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] metrics::ListenError),
     /// Exec, attach and port-forward cannot be served.
     #[error("{0}; see [streaming] of the configuration")]
     Streaming(#[from] ListenError),
@@ -118,6 +122,7 @@ pub async fn serve_until(
     }
     let _lock = lock(&config.root)?;
     let network = Network::open(config.network.clone(), &config.root, &config.run).await?;
+    let endpoint = Endpoint::listen(&config.metrics).await?;
     let (streaming, streams) = Streaming::listen(&config.streaming).await?;
     let (root, registries) = (config.root.clone(), config.registry.clone());
     let images = tokio::task::spawn_blocking(move || ImageStore::open(&root, registries))
@@ -152,6 +157,8 @@ pub async fn serve_until(
         }
     });
 
+    let metrics = Arc::clone(&sandboxes.host().metrics);
+    let figures = endpoint.serve(Arc::clone(&metrics), sandboxes.clone());
     let runtime = RuntimeServiceServer::new(runtime::Runtime::new(sandboxes, streaming))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_ANSWER);
@@ -161,6 +168,7 @@ pub async fn serve_until(
         .max_encoding_message_size(LARGEST_MESSAGE);
     let (stopping, stopped) = tokio::sync::oneshot::channel();
     let server = Server::builder()
+        .layer(Calls(metrics))
         .add_service(runtime)
         .add_service(images)
         .add_service(pulls.server())
@@ -179,6 +187,7 @@ pub async fn serve_until(
     let served = tokio::select! {
         served = server => served.map_err(ServeError::from),
         () = streams => Ok(()),
+        () = figures => Ok(()),
         () = farewell => Ok(()),
     };
     // A later server replaces it anyway.

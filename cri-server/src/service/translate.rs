@@ -79,6 +79,7 @@ pub fn pod_info(
         "cni": cni,
         "hostname": record.hostname,
         "disks": record.disks,
+        "start": view.phases(),
     });
     let interfaces = serde_json::json!(interfaces);
     let mut all = HashMap::from([
