@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::cri::refused;
-use bulkhead_tests::node::BASE;
+use bulkhead_tests::node::{BASE, WEB};
 use bulkhead_tests::request::{Pod, container, pod_security, resources, security, shell, sleeper};
 use bulkhead_tests::usage::Usage;
 use bulkhead_tests::{Cri, Node, log, suite};
@@ -27,6 +27,7 @@ suite! {
     memory_hog_leaves_its_neighbours_alone,
     file_that_is_filled_leaves_room_for_neighbours,
     deep_directories_are_removed_with_their_container,
+    files_that_cannot_be_changed_are_removed_with_their_container,
     container_whose_start_was_not_answered_can_be_removed,
     program_started_behind_a_dead_servers_back_is_taken_up,
     container_whose_log_is_gone_is_followed_all_the_same,
@@ -357,6 +358,26 @@ fn file_that_is_filled_leaves_room_for_neighbours(node: &Node) -> Result<()> {
     let neighbour = pod.start(&sleeper("neighbour", &image))?;
     pod.cri.remove(&id)?;
     exec_works(pod.cri, &neighbour)
+}
+
+fn files_that_cannot_be_changed_are_removed_with_their_container(node: &Node) -> Result<()> {
+    let mut config = node.pod_config("fixed")?;
+    pod_security(&mut config).privileged = true;
+    let pod = Pod::run(node.cri()?, config)?;
+    // FS_IOC_SETFLAGS: what cannot be changed, and what can only be added to; files and directories.
+    let program = "mkdir $_ for qw(/a /a/b /c); \
+        for (['/a/f', 0x10], ['/c/f', 0x20], ['/a/b', 0x10], ['/a', 0x10], ['/c', 0x20]) { \
+            my ($path, $flags) = @$_; \
+            if (!-d $path) { open(my $new, '>', $path) or die $! } \
+            open(my $file, '<', $path) or die $!; \
+            ioctl($file, 0x40086602, pack('l!', $flags)) or die \"$path: $!\" } \
+        die 'it can be changed' if unlink('/a/f') or unlink('/c/f'); print 'fixed';";
+    let image = node.image(WEB)?;
+    let mut config = container("fixed", &image, &["/usr/bin/perl", "-e", program]);
+    security(&mut config).privileged = true;
+    let ended = pod.run_to_end(&config)?;
+    ensure!(ended.stdout() == "fixed", "{}", ended.stderr());
+    Ok(pod.cri.remove(&ended.status.id)?)
 }
 
 fn deep_directories_are_removed_with_their_container(node: &Node) -> Result<()> {

@@ -3,10 +3,10 @@
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Dir, IFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 /// Removes `top` by way of `bin`, a directory of the same file system that is removed with it. What
@@ -77,6 +77,7 @@ struct Bin {
 
 impl Bin {
     fn take(&mut self, parent: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
+        let mut freed = false;
         loop {
             let free = self.next.to_string();
             self.next += 1;
@@ -85,6 +86,10 @@ impl Bin {
                 Ok(()) | Err(Errno::NOENT) => return Ok(()),
                 // Left by a removal that has failed.
                 Err(Errno::EXIST) => {}
+                Err(Errno::PERM) if !freed => {
+                    freed = true;
+                    release(&parent, name);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -97,7 +102,7 @@ impl Bin {
             let name = name?;
             any = true;
             self.empty(&name)?;
-            rustix::fs::unlinkat(&self.directory, &*name, AtFlags::REMOVEDIR)?;
+            unlink(&self.directory, &name, AtFlags::REMOVEDIR)?;
         }
         Ok(any)
     }
@@ -107,7 +112,7 @@ impl Bin {
         let directory = open(&self.directory, name)?;
         let mut directories = false;
         for name in names(&directory)? {
-            match rustix::fs::unlinkat(&directory, &*name?, AtFlags::empty()) {
+            match unlink(&directory, &name?, AtFlags::empty()) {
                 Err(Errno::ISDIR) => directories = true,
                 removed => removed?,
             }
@@ -117,12 +122,40 @@ impl Bin {
         }
         for name in names(&directory)? {
             let name = name?;
-            match rustix::fs::unlinkat(&directory, &*name, AtFlags::REMOVEDIR) {
+            match unlink(&directory, &name, AtFlags::REMOVEDIR) {
                 Err(Errno::NOTEMPTY) => self.take(&directory, &*name)?,
                 removed => removed?,
             }
         }
         Ok(())
+    }
+}
+
+/// Removes one name, whatever a container has done to keep it.
+fn unlink(directory: &OwnedFd, name: &CStr, flags: AtFlags) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(directory, name, flags) {
+        Err(Errno::PERM) => {
+            release(directory, name);
+            rustix::fs::unlinkat(directory, name, flags)
+        }
+        done => done,
+    }
+}
+
+/// Takes the attributes away by which a container with CAP_LINUX_IMMUTABLE can keep a directory or
+/// what is in it as it is (ioctl_iflags(2)). Where that fails the removal says why.
+fn release(directory: impl AsFd, name: impl rustix::path::Arg) {
+    let clear = |file: BorrowedFd<'_>| {
+        if let Ok(flags) = rustix::fs::ioctl_getflags(file) {
+            let kept = flags - (IFlags::IMMUTABLE | IFlags::APPEND);
+            let _ = rustix::fs::ioctl_setflags(file, kept);
+        }
+    };
+    clear(directory.as_fd());
+    // Nothing that is no file can hold the open up, or do anything.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        clear(file.as_fd());
     }
 }
 
@@ -175,6 +208,7 @@ mod tests {
         assert_eq!(left[0].file_name(), "kept");
         remove(&top, &bin).unwrap();
     }
+
     #[test]
     fn groups_are_removed_at_any_depth_and_what_holds_one_is_told() {
         let home = tempfile::tempdir().unwrap();
