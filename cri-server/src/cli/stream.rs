@@ -55,7 +55,8 @@ struct Details {
     causes: Vec<Cause>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct Cause {
     reason: String,
     message: String,
@@ -234,7 +235,8 @@ mod tests {
             "reason":"NonZeroExitCode",
             "details":{"causes":[{"reason":"ExitCode","message":"3"}]},"code":500}"#;
         assert_eq!(code(failed), Ok(3));
-        let broken = r#"{"status":"Failure","message":"it is gone","reason":"InternalError"}"#;
+        let broken = r#"{"status":"Failure","message":"it is gone","reason":"InternalError",
+            "details":{"causes":[{"message":"it is gone"}]}}"#;
         assert_eq!(code(broken), Err(Failure::own("it is gone")));
     }
 }
