@@ -314,7 +314,11 @@ impl Sandbox {
 
     /// Removes a container that does not run.
     pub async fn remove(&self, id: &str) -> Result<(), SandboxError> {
-        self.container(id)?.remove().await?;
+        match self.container(id)?.remove().await {
+            // Its owner has ended in an earlier removal, which failed later.
+            Ok(()) | Err(ContainerError::NotFound(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
         self.disks.release(id.to_owned()).await?;
         self.list().remove(id);
         Ok(())
@@ -414,8 +418,7 @@ fn set_out(
         user::resolve(&mut process.user, &image, merge).map_err(ContainerError::from)?;
     }
     let scratch = layer::place(&id).to_string_lossy().into_owned();
-    // Beside the changes to the image, and as those the container's own to fill.
-    let home = format!("{scratch}/files");
+    let home = layer::files(&id).to_string_lossy().into_owned();
     let mut files = request.files;
     let brought = |path: &str| {
         spec.mounts.iter().any(|mount| mount.destination == path)

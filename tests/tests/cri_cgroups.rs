@@ -14,6 +14,7 @@ suite! {
     disks_are_limited_by_their_numbers,
     stop_ends_what_forks_faster_than_it_is_killed,
     groups_of_a_container_go_with_it_at_any_depth,
+    exec_that_was_moved_ends_at_its_time_limit,
 }
 
 fn unified(config: &mut ContainerConfig, file: &str, value: &str) {
@@ -120,5 +121,25 @@ fn groups_of_a_container_go_with_it_at_any_depth(node: &Node) -> Result<()> {
     pod.cri.remove(&id)?;
     let said = pod.cri.shell(&neighbour, "echo fine")?;
     ensure!(said == "fine", "{said:?}");
+    Ok(())
+}
+
+fn exec_that_was_moved_ends_at_its_time_limit(node: &Node) -> Result<()> {
+    let mut config = node.pod_config("moved")?;
+    pod_security(&mut config).privileged = true;
+    let pod = Pod::run(node.cri()?, config)?;
+    let line = "cd /sys/fs/cgroup && mkdir in; while :; do for p in $(cat exec-*/cgroup.procs); do \
+                echo $p > in/cgroup.procs && echo moved; done; done 2>/dev/null";
+    let mut config = shell("mover", &node.base()?, line);
+    security(&mut config).privileged = true;
+    let id = pod.start(&config)?;
+    let answer = pod.cri.exec_for(&id, &["sleep", "6546"], 5);
+    refused(answer, &[Code::DeadlineExceeded])?;
+    let moved = log::text(&log::read(&pod.log_path(&config))?, log::Stream::Stdout);
+    ensure!(moved.starts_with("moved\n"), "it was not moved");
+    let left = pod
+        .cri
+        .shell(&id, "ps -o args | grep -c '^sleep 6546' || true")?;
+    ensure!(left == "0", "{left} of it are left");
     Ok(())
 }

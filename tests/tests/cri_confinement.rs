@@ -26,6 +26,7 @@ suite! {
     device_nodes_are_the_containers_own,
     privileged_container_opens_every_device_but_the_pods_disks,
     privileged_container_needs_a_privileged_pod,
+    files_given_to_a_container_are_no_way_to_its_neighbours,
     descriptors_of_the_runtime_do_not_leak,
     program_of_the_runtime_cannot_be_written,
     working_directory_stays_in_the_root,
@@ -262,6 +263,24 @@ fn device_nodes_are_the_containers_own(node: &Node) -> Result<()> {
     let said = pod.run_to_end(&shell("two", &image, line))?.stdout();
     ensure!(said == "6660\n6660\n", "{said}");
     Ok(())
+}
+
+fn files_given_to_a_container_are_no_way_to_its_neighbours(node: &Node) -> Result<()> {
+    let pod = node.pod("files")?;
+    let image = node.base()?;
+    let neighbour = pod.start(&sleeper("neighbour", &image))?;
+    let mut config = sleeper("hostile", &image);
+    let capabilities = security(&mut config).capabilities.get_or_insert_default();
+    capabilities.add_capabilities = vec!["SYS_ADMIN".into()];
+    let hostile = pod.start(&config)?;
+    let line = "mount -o remount,ro /etc/resolv.conf; ! echo x >> /etc/resolv.conf";
+    pod.cri.shell(&hostile, line)?;
+    pod.cri
+        .shell(&neighbour, "echo y > /y; echo z >> /etc/resolv.conf")?;
+    let ended = pod.run_to_end(&shell("later", &image, "echo w > /w; echo fine"))?;
+    ensure!(ended.stdout() == "fine\n", "{}", ended.stderr());
+    pod.cri.remove(&ended.status.id)?;
+    Ok(pod.cri.remove(&hostile)?)
 }
 
 fn privileged_pod<'a>(node: &'a Node, name: &str) -> Result<Pod<'a>> {

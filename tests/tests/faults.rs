@@ -14,7 +14,7 @@ use bulkhead_tests::fake_registry::FakeImage;
 use bulkhead_tests::leak::Machine;
 use bulkhead_tests::node::{BASE, Scratch, WEB, is_reference};
 use bulkhead_tests::request::{Pod, container, shell, sleeper};
-use bulkhead_tests::{Cri, Node, Server, archive, suite};
+use bulkhead_tests::{Cri, Node, Server, archive, log, suite};
 use tonic::Code;
 
 suite! {
@@ -32,6 +32,7 @@ suite! {
     full_disk_fails_the_pod,
     pod_on_a_disk_that_has_filled_up_can_be_removed,
     full_scratch_disk_is_the_containers_trouble,
+    wide_tree_is_removed_from_a_full_scratch_disk,
     machine_without_kvm_still_has_images,
     machine_with_cgroup_v1_still_has_images,
     guest_that_panics_shows_its_console,
@@ -263,6 +264,25 @@ fn full_scratch_disk_is_the_containers_trouble(node: &Node) -> Result<()> {
         ended.stdout()
     );
     ensure!(ended.stdout() == "again\n", "{:?}", ended.stdout());
+    server.stop()
+}
+
+fn wide_tree_is_removed_from_a_full_scratch_disk(node: &Node) -> Result<()> {
+    let mut plan = node.plan("wide");
+    plan.settings = "vm.scratch_mib = 64".to_owned();
+    let server = plan.start()?;
+    let image = node.image_on(&server.cri, BASE)?;
+    let pod = Pod::run(&server.cri, node.pod_config("wide")?)?;
+    let line = "for i in $(seq 1500); do echo /a/$i/x/y; done | xargs mkdir -p; ls /a | wc -l";
+    let ended = pod.run_to_end(&shell("wide", &image, line))?;
+    ensure!(ended.stdout() == "1500\n", "{}", ended.stderr());
+    let line = "while :; do cat /dev/zero >> /fill; echo full; sleep 0.2; done 2>/dev/null";
+    let filler = shell("filler", &image, line);
+    pod.start(&filler)?;
+    while !log::read(&pod.log_path(&filler)).is_ok_and(|lines| !lines.is_empty()) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    server.cri.remove(&ended.status.id)?;
     server.stop()
 }
 

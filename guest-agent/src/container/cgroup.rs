@@ -195,9 +195,12 @@ impl Cgroup {
         self.path.to_string_lossy().into_owned()
     }
 
-    /// Kills every process in it.
+    /// Kills every process in it. One that is removed has none.
     pub fn kill(&self) -> Result<(), CgroupError> {
-        self.write(&Setting::new("cgroup.kill", 1))
+        match self.write(&Setting::new("cgroup.kill", 1)) {
+            Err(CgroupError::Unknown(_)) => Ok(()),
+            done => done,
+        }
     }
 
     /// Sends a signal to every process in it. One that forks meanwhile may be missed.

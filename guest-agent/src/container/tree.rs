@@ -1,4 +1,4 @@
-//! The removal of a directory with all that a container has put into it.
+//! The removal of directories with all that a container has put into them.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -6,29 +6,36 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Dir, IFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Dir, IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-/// Removes `top` by way of `bin`, a directory of the same file system that is removed with it. What
+/// Removes a tree, which may be as deep and as wide as its disk has inodes, and the disk full. What
 /// is not there is no error; a removal that has failed can be gone on with.
-///
-/// A tree may be as deep as its disk has inodes. Every directory that is not empty is moved into
-/// `bin` itself, so that neither descriptors nor the stack grow with the depth.
-pub fn remove(top: &Path, bin: &Path) -> io::Result<()> {
-    fs::create_dir_all(bin)?;
-    let mut place = Bin {
-        directory: open(CWD, bin)?,
-        next: 0,
-    };
-    place.take(CWD, top)?;
-    while place.empty_once()? {}
-    drop(place);
-    fs::remove_dir(bin)
+pub fn remove(top: &Path) -> io::Result<()> {
+    empty(top, first_full)?;
+    match fs::remove_dir(top) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            release(CWD, top);
+            fs::remove_dir(top)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
-/// Removes the control group at `top` with those below it, however deep they are. Its own files go
-/// with a group, and groups cannot be moved: one descriptor walks down to the last one and up again.
+/// Removes the control group at `top` with those below it. Its own files go with a group.
 pub fn remove_groups(top: &Path) -> io::Result<()> {
+    empty(top, first_full_group)?;
+    match fs::remove_dir(top) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Removes what is below `top`. `first` removes what it can in a directory, up to the first one that
+/// is not empty. One descriptor walks down to the last directory and up again, so that neither
+/// descriptors nor the stack nor the disk's need grows; nobody else moves what is there.
+fn empty(top: &Path, first: impl Fn(&OwnedFd) -> io::Result<Option<CString>>) -> io::Result<()> {
     let mut at = match open(CWD, top) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         opened => opened?,
@@ -36,28 +43,41 @@ pub fn remove_groups(top: &Path) -> io::Result<()> {
     let mut depth = 0_u64;
     let mut emptied = None;
     loop {
-        match first_full(&at)? {
+        match first(&at)? {
             Some(child) => {
                 let child = open(&at, &*child)?;
-                // What keeps it is no group.
+                // What keeps it is nothing that could be removed.
                 if emptied == Some(rustix::fs::fstat(&child)?.st_ino) {
                     return Err(Errno::BUSY.into());
                 }
                 (at, depth) = (child, depth + 1);
             }
-            None if depth == 0 => break,
+            None if depth == 0 => return Ok(()),
             None => {
                 emptied = Some(rustix::fs::fstat(&at)?.st_ino);
                 (at, depth) = (open(&at, "..")?, depth - 1);
             }
         }
     }
-    drop(at);
-    fs::remove_dir(top)
 }
 
-/// Removes the empty directories in a directory up to the first that is not empty.
 fn first_full(directory: &OwnedFd) -> io::Result<Option<CString>> {
+    for name in names(directory)? {
+        let name = name?;
+        let removed = match unlink(directory, &name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => unlink(directory, &name, AtFlags::REMOVEDIR),
+            removed => removed,
+        };
+        match removed {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(Errno::NOTEMPTY) => return Ok(Some(name)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
+fn first_full_group(directory: &OwnedFd) -> io::Result<Option<CString>> {
     for name in names(directory)? {
         let name = name?;
         match rustix::fs::unlinkat(directory, &*name, AtFlags::REMOVEDIR) {
@@ -67,68 +87,6 @@ fn first_full(directory: &OwnedFd) -> io::Result<Option<CString>> {
         }
     }
     Ok(None)
-}
-
-struct Bin {
-    directory: OwnedFd,
-    /// The name of the next directory in it, if that is free.
-    next: u64,
-}
-
-impl Bin {
-    fn take(&mut self, parent: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
-        let mut freed = false;
-        loop {
-            let free = self.next.to_string();
-            self.next += 1;
-            let only = RenameFlags::NOREPLACE;
-            match rustix::fs::renameat_with(&parent, name, &self.directory, free, only) {
-                Ok(()) | Err(Errno::NOENT) => return Ok(()),
-                // Left by a removal that has failed.
-                Err(Errno::EXIST) => {}
-                Err(Errno::PERM) if !freed => {
-                    freed = true;
-                    release(&parent, name);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// Removes what is in it, but what is moved into it meanwhile. Whether there was anything.
-    fn empty_once(&mut self) -> io::Result<bool> {
-        let mut any = false;
-        for name in names(&self.directory)? {
-            let name = name?;
-            any = true;
-            self.empty(&name)?;
-            unlink(&self.directory, &name, AtFlags::REMOVEDIR)?;
-        }
-        Ok(any)
-    }
-
-    /// Plain files go first: where the disk is full, they make room for moving.
-    fn empty(&mut self, name: &CStr) -> io::Result<()> {
-        let directory = open(&self.directory, name)?;
-        let mut directories = false;
-        for name in names(&directory)? {
-            match unlink(&directory, &name?, AtFlags::empty()) {
-                Err(Errno::ISDIR) => directories = true,
-                removed => removed?,
-            }
-        }
-        if !directories {
-            return Ok(());
-        }
-        for name in names(&directory)? {
-            let name = name?;
-            match unlink(&directory, &name, AtFlags::REMOVEDIR) {
-                Err(Errno::NOTEMPTY) => self.take(&directory, &*name)?,
-                removed => removed?,
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Removes one name, whatever a container has done to keep it.
@@ -190,7 +148,7 @@ mod tests {
     #[test]
     fn a_tree_of_any_depth_is_removed_and_nothing_beside_it() {
         let home = tempfile::tempdir().unwrap();
-        let (top, bin) = (home.path().join("top"), home.path().join("bin"));
+        let top = home.path().join("top");
         fs::write(home.path().join("kept"), "kept").unwrap();
         for name in ["top", "top/a", "top/b", "top/b/empty", "top/b/full"] {
             fs::create_dir(home.path().join(name)).unwrap();
@@ -200,13 +158,12 @@ mod tests {
         }
         std::os::unix::fs::symlink(home.path(), top.join("link")).unwrap();
         nest(&top.join("a"));
-        // As an earlier removal leaves it that has failed.
-        fs::create_dir_all(bin.join("0/old")).unwrap();
-        remove(&top, &bin).unwrap();
-        let left: Vec<_> = fs::read_dir(home.path()).unwrap().flatten().collect();
-        assert_eq!(left.len(), 1, "{left:?}");
-        assert_eq!(left[0].file_name(), "kept");
-        remove(&top, &bin).unwrap();
+        for _ in 0..2 {
+            remove(&top).unwrap();
+            let left: Vec<_> = fs::read_dir(home.path()).unwrap().flatten().collect();
+            assert_eq!(left.len(), 1, "{left:?}");
+            assert_eq!(left[0].file_name(), "kept");
+        }
     }
 
     #[test]

@@ -49,14 +49,13 @@ impl Look {
     }
 }
 
-/// Makes the files in the directory `home`, by their numbers. Answers those that may be written.
+/// Makes the files in the directory `home`, which is there, by their numbers. Answers those that may be written.
 pub(super) fn write(
     home: &str,
     files: &[File],
     mapping: Option<&Mapping>,
 ) -> Result<Vec<Copied>, SandboxError> {
     let mut copies = Vec::new();
-    step("make a directory for files", fs::create_dir_all(home))?;
     for (at, file) in files.iter().enumerate() {
         if file.content.len() > LARGEST {
             let what = format!("files {}: larger than {LARGEST} bytes", file.path);

@@ -140,6 +140,11 @@ impl Owner {
 /// on: it may be a daemon.
 fn end_exec(process: Process, cgroup: Cgroup, reply: Reply<()>) {
     let over = process.exit().borrow().is_some();
+    if !over {
+        // A container with the rights to do so may have moved it out of its group. One that ends just
+        // now is left alone.
+        let _ = process.signal(libc::SIGKILL);
+    }
     drop(process);
     tokio::spawn(async move {
         let mut killed = Ok(());
