@@ -34,7 +34,7 @@ pub struct Key {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Pass,
-    Drop,
+    Refuse,
 }
 
 /// A pod's own addresses.
@@ -46,7 +46,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// The first rule that matches counts; what none matches is to be dropped.
+    /// The first rule that matches counts; what none matches is refused.
     pub fn rules(&self) -> Vec<Rule> {
         let own = self.v4.octets();
         // RFC 826: Ethernet and IPv4, whose addresses have 6 and 4 bytes; then who sends.
@@ -54,6 +54,8 @@ impl Guard {
         sender.extend(word(0, [0, 1, 8, 0], [0xff; 4]));
         sender.extend(bytes(8, &[&self.mac[..], &own].concat()));
         let mut rules = vec![
+            // `route_localnet` of the bridge, which ports on 127.0.0.1 need, opens the host's loopback.
+            self.rule(IPV4, bytes(16, &[127]), Verdict::Refuse),
             self.rule(IPV4, bytes(12, &own), Verdict::Pass),
             self.rule(ARP, sender, Verdict::Pass),
         ];
@@ -68,12 +70,21 @@ impl Guard {
         }
         // No other advertisement, no redirect (136 and 137), no router (134).
         for keys in [message(136, 0xfe), message(134, 0xff)] {
-            rules.push(self.rule(IPV6, keys, Verdict::Drop));
+            rules.push(self.rule(IPV6, keys, Verdict::Refuse));
+        }
+        // Reports of listeners (RFC 2710 and 3810, behind a header for each hop): without them a bridge
+        // that looks into multicast brings nothing, neighbour discovery neither.
+        for kind in [131, 132, 143] {
+            let mut report = next_header(0);
+            report.extend(word(40, [58, 0, 0, 0], [0xff, 0xff, 0, 0]));
+            report.extend(word(48, [kind, 0, 0, 0], [0xff, 0, 0, 0]));
+            report.extend(bytes(8, &link_local(self.mac).octets()));
+            rules.push(self.rule(IPV6, report, Verdict::Pass));
         }
         // A message may hide behind headers (RFC 8200 §4): for each hop, routing, destination. One
         // in fragments is not heard (RFC 6980).
         for header in [0, 43, 60] {
-            rules.push(self.rule(IPV6, next_header(header), Verdict::Drop));
+            rules.push(self.rule(IPV6, next_header(header), Verdict::Refuse));
         }
         for address in own {
             rules.push(self.rule(IPV6, bytes(8, &address.octets()), Verdict::Pass));

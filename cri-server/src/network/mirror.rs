@@ -2,9 +2,9 @@
 //!
 //! Each gets an ingress qdisc with filters (u32, so that only the most common classifier is needed)
 //! that redirect frames to the other's egress (tc-mirred(8)): every one, or those that a guard lets
-//! pass. Neither the namespace's stack nor its packet filters see any of them.
+//! pass. What it refuses goes back to its sender, so that no action is needed that drops, which a
+//! kernel may lack. Neither the namespace's stack nor its packet filters see any of them.
 
-use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::tc::{
     TcAction, TcActionAttribute, TcActionGeneric, TcActionMirror, TcActionMirrorOption,
     TcActionOption, TcActionType, TcFilterU32Option, TcMirror, TcMirrorActionType, TcU32Key,
@@ -25,10 +25,6 @@ const EVERYTHING: Key = Key {
     value: 0,
     mask: 0,
 };
-/// `TCA_GACT_PARMS` and `TC_ACT_SHOT` of include/uapi/linux: an action that drops (tc-gact(8)).
-const GACT_PARAMETERS: u16 = 2;
-const SHOT: u32 = 2;
-
 /// Redirects both ways between the link and the tap with these indices; from the tap, what `guard`
 /// lets pass.
 pub async fn join(
@@ -45,7 +41,7 @@ pub async fn join(
     for rule in guard.map(Guard::rules).unwrap_or_default() {
         let action = match rule.verdict {
             Verdict::Pass => redirect(link),
-            Verdict::Drop => shot(),
+            Verdict::Refuse => redirect(tap),
         };
         from.add(priority, rule.protocol, &rule.keys, action)
             .await?;
@@ -53,7 +49,7 @@ pub async fn join(
     }
     let rest = match guard {
         None => redirect(link),
-        Some(_) => shot(),
+        Some(_) => redirect(tap),
     };
     from.add(priority, EVERY_PROTOCOL, &[EVERYTHING], rest)
         .await
@@ -122,20 +118,9 @@ fn redirect(to: u32) -> TcAction {
     mirror.eaction = TcMirrorActionType::EgressRedir;
     mirror.ifindex = to;
     let options = TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror));
-    action(TcActionMirror::KIND, options)
-}
-
-fn shot() -> TcAction {
-    // `struct tc_gact`: index, capab, action, refcnt, bindcnt.
-    let words = [0, 0, SHOT, 0, 0].map(u32::to_ne_bytes).concat();
-    let options = TcActionOption::Other(DefaultNla::new(GACT_PARAMETERS, words));
-    action("gact", options)
-}
-
-fn action(kind: &str, options: TcActionOption) -> TcAction {
     let mut action = TcAction::default();
     action.attributes = vec![
-        TcActionAttribute::Kind(kind.to_owned()),
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
         TcActionAttribute::Options(vec![options]),
     ];
     action

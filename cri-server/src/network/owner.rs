@@ -183,13 +183,27 @@ impl Host {
         if pool.is_empty() {
             plan.remove(&links).await?;
         }
-        Ok(Self {
+        let host = Self {
             plan,
             pool,
             ports,
             links,
             bridge: None,
-        })
+        };
+        if let Err(error) = host.complete().await {
+            tracing::error!(%error, "pods of an earlier server may lack their translation");
+        }
+        Ok(host)
+    }
+
+    /// Sets the translation of pods that run, where somebody has removed it meanwhile.
+    async fn complete(&self) -> Result<(), NetworkError> {
+        match self.plan.existing(&self.links).await? {
+            Some(Bridge { link, subnets }) if !nat::is_set(&link.name) => {
+                nat::set(&link.name, subnets, &self.ways(subnets, None)).await
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn attach(&mut self, wanted: Wanted) -> Result<Attachment, NetworkError> {
@@ -211,7 +225,7 @@ impl Host {
         let had = self.ports.has(sandbox);
         self.ports.claim(sandbox, &wanted.pod, &wanted.ports)?;
         let has = !wanted.ports.is_empty();
-        if fresh || had || has {
+        if fresh || had || has || !nat::is_set(&bridge.link.name) {
             nat::set(&bridge.link.name, subnets, &self.ways(subnets, None)).await?;
         }
         self.bridge = Some(bridge.clone());
@@ -239,9 +253,10 @@ impl Host {
         if has {
             // The rules that guard the loopback are there.
             forwarding::route_loopback(&bridge.link.name)?;
-            if let Some(port) = self.links.find(&host).await? {
-                self.links.set_hairpin(&port).await?;
-            }
+        }
+        // The way of a pod to itself by a port of the host, or a service.
+        if let Some(port) = self.links.find(&host).await? {
+            self.links.set_hairpin(&port).await?;
         }
         Ok(attachment)
     }

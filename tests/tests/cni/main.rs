@@ -26,7 +26,7 @@ suite! {
     tuning_changes_the_hardware_address,
     ports_of_the_host_lead_to_the_pod,
     bandwidth_is_limited,
-    what_no_plugin_takes_is_refused_by_name,
+    what_no_plugin_takes_is_told_by_the_log,
     network_may_come_later_and_change,
     promise_that_is_not_kept_fails_the_pod,
     plugin_that_fails_is_told_in_its_words,

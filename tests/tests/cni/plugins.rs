@@ -8,8 +8,8 @@ use bulkhead_tests::Node;
 use bulkhead_tests::cri::refused;
 use bulkhead_tests::http::fetch;
 use bulkhead_tests::leak::Machine;
-use bulkhead_tests::node::BASE;
-use bulkhead_tests::request::{Pod, shell, sleeper};
+use bulkhead_tests::node::{BASE, WEB};
+use bulkhead_tests::request::{Pod, container, shell, sleeper};
 use serde_json::json;
 use tonic::Code;
 
@@ -87,6 +87,19 @@ pub fn routes_and_neighbours_are_the_guests_in_every_detail(node: &Node) -> Resu
     ] {
         ensure!(said.contains(line), "{line}: {said}");
     }
+    // IP_MTU of a socket that takes the route.
+    let program = "use Socket; socket(my $s, PF_INET, SOCK_DGRAM, 17) or die $!; \
+        connect($s, sockaddr_in(9, inet_aton('10.77.0.1'))) or die $!; \
+        print unpack('i', getsockopt($s, 0, 14))";
+    let image = node.image_on(cri, WEB)?;
+    let looks = container("mtu", &image, &["/usr/bin/perl", "-e", program]);
+    let ended = pod.run_to_end(&looks)?;
+    ensure!(
+        ended.stdout() == "1300",
+        "{} {}",
+        ended.stdout(),
+        ended.stderr()
+    );
     cri.remove_pod(&pod.id)?;
     end(server)
 }
@@ -194,7 +207,7 @@ pub fn bandwidth_is_limited(node: &Node) -> Result<()> {
     end(server)
 }
 
-pub fn what_no_plugin_takes_is_refused_by_name(node: &Node) -> Result<()> {
+pub fn what_no_plugin_takes_is_told_by_the_log(node: &Node) -> Result<()> {
     let plugins = json!([bridge(node, "plain", "10.98.0.0/24")]);
     let server = server(node, "plain", plugins)?;
     let mut config = node.pod_config("plain")?;
@@ -203,10 +216,14 @@ pub fn what_no_plugin_takes_is_refused_by_name(node: &Node) -> Result<()> {
         host_port: 8099,
         ..PortMapping::default()
     }];
-    let before = Machine::look_at(&server)?;
-    let message = refused(server.cri.run_pod(&config), &[Code::InvalidArgument])?;
-    ensure!(message.contains("capability portMappings"), "{message}");
+    let logged = server.log_length();
+    let pod = Pod::run(&server.cri, config.clone())?;
+    let said = server.log_since(logged);
+    ensure!(said.contains("portMappings"), "{said}");
+    server.cri.stop_pod(&pod.id)?;
+    server.cri.remove_pod(&pod.id)?;
     config.port_mappings = Vec::new();
+    let before = Machine::look_at(&server)?;
     let annotation = "kubernetes.io/egress-bandwidth".to_owned();
     config.annotations = [(annotation, "much".to_owned())].into();
     let message = refused(server.cri.run_pod(&config), &[Code::InvalidArgument])?;

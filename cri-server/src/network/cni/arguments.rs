@@ -122,10 +122,12 @@ fn bandwidth(pod: &cri::PodSandboxConfig) -> Result<Option<Value>, String> {
     Ok((!limits.is_empty()).then(|| limits.into()))
 }
 
-/// A whole quantity as Kubernetes writes it: a number, and perhaps one of its suffixes.
+/// A quantity as Kubernetes writes it: a number, perhaps with a fraction, and perhaps a suffix. What
+/// is less than one is cut off.
 fn quantity(text: &str) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit());
-    let (number, suffix) = text.split_at(digits.unwrap_or(text.len()));
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, suffix) = text.split_at(end.unwrap_or(text.len()));
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let unit: u64 = match suffix {
         "" => 1,
         "k" => 1_000,
@@ -139,7 +141,15 @@ fn quantity(text: &str) -> Option<u64> {
         "Ti" => 1 << 40,
         _ => return None,
     };
-    number.parse::<u64>().ok()?.checked_mul(unit)
+    let whole = whole.parse::<u64>().ok()?.checked_mul(unit)?;
+    if fraction.is_empty() {
+        return Some(whole);
+    }
+    // So many digits that no number overflows: the largest unit is below 10^16.
+    let fraction = fraction.get(..fraction.len().min(20))?;
+    let scale = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
+    let part = fraction.parse::<u128>().ok()?.checked_mul(unit.into())? / scale;
+    whole.checked_add(u64::try_from(part).ok()?)
 }
 
 #[cfg(test)]
@@ -206,7 +216,16 @@ mod tests {
         assert_eq!(given["egressRate"], 10_000_000);
         assert_eq!(given["egressBurst"], u32::MAX);
         assert!(with("1Ki").is_ok());
-        for wrong in ["", "10", "fast", "2P", "99999999999999999999", "1.5M"] {
+        assert_eq!(with("1.5M").unwrap().unwrap()["egressRate"], 1_500_000);
+        for wrong in [
+            "",
+            "10",
+            "fast",
+            "2P",
+            "99999999999999999999",
+            "1.5.5M",
+            "M",
+        ] {
             assert!(with(wrong).is_err(), "{wrong}");
         }
     }

@@ -184,7 +184,7 @@ impl Cni {
         let (this, id, netns) = (self.clone(), sandbox.to_owned(), netns.to_owned());
         let mut attachment = blocking(move || {
             let list = NetworkList::of_directory(&this.directory)?;
-            heard(&list, &arguments).map_err(CniError::Pod)?;
+            warn_of_unheard(&list, &arguments);
             let attachment = Attachment {
                 list,
                 arguments,
@@ -388,21 +388,24 @@ impl Cni {
     }
 }
 
-/// Whether the network has plugins for what the pod asks of it; else it would go without.
-fn heard(list: &NetworkList, arguments: &Arguments) -> Result<(), String> {
-    for (name, what) in [
+/// Tells of what the pod asks of its network and no plugin is given: a network may do it by other
+/// ways, as those do that run a program on every node.
+fn warn_of_unheard(list: &NetworkList, arguments: &Arguments) {
+    for (capability, what) in [
         ("portMappings", "ports of the host"),
         ("bandwidth", "limits of its bandwidth"),
     ] {
         let mut wanted = list.plugins.iter().flat_map(|plugin| &plugin.capabilities);
-        if arguments.capabilities.contains_key(name) && !wanted.any(|wanted| wanted == name) {
-            return Err(format!(
-                "it asks for {what}, and no plugin of the network {} has the capability {name}",
-                list.name
-            ));
+        if arguments.capabilities.contains_key(capability)
+            && !wanted.any(|wanted| wanted == capability)
+        {
+            tracing::warn!(
+                network = list.name,
+                capability,
+                "a pod asks for {what}, and no plugin of its network has the capability"
+            );
         }
     }
-    Ok(())
 }
 
 /// What one plugin of a list reads: its own part, and what the specification adds (section 3,

@@ -107,6 +107,7 @@ pub async fn call(
     let group = Group(child.id());
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let text = config.to_string();
+    let mut words = String::new();
     let talk = async {
         let tell = async {
             if let Some(mut stdin) = stdin {
@@ -114,17 +115,23 @@ pub async fn call(
                 let _ = stdin.write_all(text.as_bytes()).await;
             }
         };
-        let ((), answer, words) = tokio::join!(tell, start(stdout), end(stderr));
-        (answer, words, child.wait().await)
+        let ((), answer, ()) = tokio::join!(tell, start(stdout), end(stderr, &mut words));
+        (answer, child.wait().await)
     };
-    let (answer, words, status) = tokio::time::timeout(limit, talk)
-        .await
-        .map_err(|_| failed(format!("it did not end within {} s", limit.as_secs())))?;
+    let talked = tokio::time::timeout(limit, talk).await;
     drop(group);
+    let words = words.trim();
+    let (answer, status) = talked.map_err(|_| {
+        let seconds = limit.as_secs();
+        let late = "s (network.cni_timeout_seconds)";
+        failed(format!(
+            "it did not end within {seconds} {late}{}",
+            said(words)
+        ))
+    })?;
     let status = status.map_err(|error| failed(error.to_string()))?;
     let answer =
         answer.ok_or_else(|| failed(format!("it answers more than {ANSWER_BYTES} bytes")))?;
-    let words = words.trim();
     if !status.success() {
         return Err(failed(refusal(&answer, words, &status.to_string())));
     }
@@ -178,16 +185,16 @@ async fn start(from: Option<impl AsyncRead + Unpin>) -> Option<Vec<u8>> {
     fits.then_some(kept)
 }
 
-/// The end of it as text.
-async fn end(from: Option<impl AsyncRead + Unpin>) -> String {
+/// Keeps the end of it as text, also of what is not read to its end.
+async fn end(from: Option<impl AsyncRead + Unpin>, words: &mut String) {
     let mut kept = Vec::new();
     read(from, |bytes| {
         kept.extend_from_slice(bytes);
         let surplus = kept.len().saturating_sub(WORDS_BYTES);
         kept.drain(..surplus);
+        *words = String::from_utf8_lossy(&kept).into_owned();
     })
     .await;
-    String::from_utf8_lossy(&kept).into_owned()
 }
 
 async fn read(from: Option<impl AsyncRead + Unpin>, mut take: impl FnMut(&[u8])) {

@@ -146,20 +146,6 @@ async fn a_promise_without_an_address_is_none() {
 }
 
 #[tokio::test]
-async fn what_no_plugin_takes_is_refused() {
-    let machine = Machine::new("1.0.0");
-    let name = "kubernetes.io/ingress-bandwidth".to_owned();
-    let pod = cri::PodSandboxConfig {
-        annotations: [(name, "1M".to_owned())].into(),
-        ..Default::default()
-    };
-    let attached = machine.cni.attach("abc", Path::new("/x"), &pod).await;
-    let error = attached.unwrap_err().to_string();
-    assert!(error.contains("capability bandwidth"), "{error}");
-    assert!(machine.calls().is_empty());
-}
-
-#[tokio::test]
 async fn a_network_is_ready_when_it_and_its_plugins_are_there() {
     let machine = Machine::new("1.0.0");
     machine.cni.ready().await.unwrap();

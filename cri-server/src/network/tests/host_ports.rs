@@ -70,7 +70,15 @@ fn a_pod_whose_rules_somebody_has_flushed_can_be_removed() {
         assert!(flush.status().unwrap().success());
         server.network.tear_down("a").await.unwrap();
         assert!(rules().await.contains("8081"), "the others are whole again");
-        server.network.tear_down("b").await.unwrap();
+        assert!(flush.status().unwrap().success());
+        drop(server.pod("c").await);
+        assert!(
+            rules().await.contains("8081"),
+            "a pod without ports brings them back, too"
+        );
+        for pod in ["b", "c"] {
+            server.network.tear_down(pod).await.unwrap();
+        }
     });
 }
 
