@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn what_was_written_goes_back_if_it_is_small() {
         let directory = tempfile::tempdir().unwrap();
-        let home = directory.path().join("files").display().to_string();
+        let home = directory.path().display().to_string();
         let file = |path: &str, read_only| File {
             path: path.into(),
             content: b"old".to_vec(),
