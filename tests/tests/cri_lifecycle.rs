@@ -349,14 +349,13 @@ fn container_whose_log_is_gone_is_followed_all_the_same(node: &Node) -> Result<(
 fn file_that_is_filled_leaves_room_for_neighbours(node: &Node) -> Result<()> {
     let pod = node.pod("filler")?;
     let image = node.base()?;
-    // More than a file in memory could have.
-    let line = "head -c 150000000 /dev/zero > /etc/hosts && wc -c < /etc/hosts";
-    let filler = shell("filler", &image, line);
-    let id = pod.start(&filler)?;
-    pod.cri.wait(&id)?;
-    log::wait_for(&pod.log_path(&filler), "150000000\n")?;
+    let line = "cat /dev/zero > /etc/hosts; echo full";
+    let ended = pod.run_to_end(&shell("filler", &image, line))?;
+    ensure!(ended.stdout() == "full\n", "{:?}", ended.status);
+    let full = ended.stderr().contains("No space left on device");
+    ensure!(full, "{}", ended.stderr());
     let neighbour = pod.start(&sleeper("neighbour", &image))?;
-    pod.cri.remove(&id)?;
+    pod.cri.remove(&ended.status.id)?;
     exec_works(pod.cri, &neighbour)
 }
 
