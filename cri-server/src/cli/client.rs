@@ -125,13 +125,7 @@ impl Client {
     /// The end of what a pod's kernel has written to its console. It comes from the guest, so it is
     /// made harmless for terminals.
     pub async fn console(&self, pod: &str) -> Result<String, Failure> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.to_owned(),
-            verbose: true,
-        };
-        let answer = self.runtime.clone().pod_sandbox_status(request).await;
-        let answer = answer.map_err(|status| Failure::call("show the console", &status))?;
-        let console = answer.into_inner().info.remove("console");
+        let console = self.pod_info(pod, "console").await?;
         let console = console.and_then(|text| serde_json::from_str::<String>(&text).ok());
         let console = console.ok_or_else(|| {
             let words = "the server no longer has the console of a pod that was stopped";
@@ -140,15 +134,15 @@ impl Client {
         Ok(harmless(&console))
     }
 
-    /// What the server says of a pod for those who look closely: JSON.
-    pub async fn pod_info(&self, pod: &str) -> Result<String, Failure> {
+    /// What the server says of a pod for those who look closely, by its name: JSON.
+    pub async fn pod_info(&self, pod: &str, name: &str) -> Result<Option<String>, Failure> {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: pod.to_owned(),
             verbose: true,
         };
         let answer = self.runtime.clone().pod_sandbox_status(request).await;
         let answer = answer.map_err(|status| Failure::call("look after the pod", &status))?;
-        Ok(answer.into_inner().info.remove("info").unwrap_or_default())
+        Ok(answer.into_inner().info.remove(name))
     }
 
     /// Fails with the server's reason when it cannot run pods.

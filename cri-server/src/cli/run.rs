@@ -210,7 +210,13 @@ impl<'a> Session<'a> {
             .into_inner()
             .pod_sandbox_id;
         let parts = match self.wanted.timings {
-            true => timings::of_start(&self.client.pod_info(&pod).await?),
+            true => timings::of_start(
+                &self
+                    .client
+                    .pod_info(&pod, "info")
+                    .await?
+                    .unwrap_or_default(),
+            ),
             false => String::new(),
         };
         timings.end("pod", parts);

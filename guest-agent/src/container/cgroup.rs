@@ -313,6 +313,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_group_that_is_gone_is_killed_and_removed_again() {
+        let home = tempfile::tempdir().unwrap();
+        let gone = Cgroup {
+            path: home.path().join("gone"),
+        };
+        gone.kill().unwrap();
+        gone.remove().unwrap();
+    }
+
+    #[test]
     fn a_kubelets_container_becomes_these_files() {
         let resources: Resources = serde_json::from_str(
             r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"cpus":"0-1"},
