@@ -50,7 +50,7 @@ pub fn command(arguments: &Arguments) -> Result<ExitCode> {
             job.time_limit = BED_LIMIT;
             match job.run()? {
                 Outcome::Exited(status) => Ok(ExitCode::from(status)),
-                Outcome::Failed(why) => {
+                Outcome::Failed(why) | Outcome::Down(why) => {
                     eprintln!("bed: {why}");
                     Ok(ExitCode::FAILURE)
                 }

@@ -1,5 +1,6 @@
 //! Debian packages a task needs: said aloud, and skipped when they are there.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -53,6 +54,54 @@ pub fn version(name: &str) -> Result<String> {
 /// Refreshes apt's lists.
 pub fn update() -> Result<()> {
     apt(&["update"])
+}
+
+/// The release of Debian this project is built and tested on.
+const SYSTEM: &str = "bookworm";
+
+/// What it offers of later releases.
+pub const BACKPORTS: &str = "bookworm-backports";
+const SOURCES: &str = "/etc/apt/sources.list.d/bulkhead-bed.sources";
+const PREFERENCES: &str = "/etc/apt/preferences.d/bulkhead-bed";
+
+/// Adds bookworm-backports from the mirror already in use, pinned so low that nothing comes from
+/// there unless asked for by name.
+pub fn backports() -> Result<()> {
+    if mirror_of(BACKPORTS)?.is_none() {
+        let mirror = mirror()?;
+        eprintln!("packages: adding {BACKPORTS} in {SOURCES}, pinned low in {PREFERENCES}");
+        fs::write(
+            SOURCES,
+            format!(
+                "Types: deb\nURIs: {mirror}\nSuites: {BACKPORTS}\nComponents: main\n\
+                 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+            ),
+        )?;
+        fs::write(
+            PREFERENCES,
+            format!("Package: *\nPin: release n={BACKPORTS}\nPin-Priority: 60\n"),
+        )?;
+    }
+    update()
+}
+
+/// The address of the Debian mirror in use.
+pub fn mirror() -> Result<String> {
+    mirror_of(SYSTEM)?
+        .context("this is not Debian 12 (bookworm), the only system the bed is made for")
+}
+
+fn mirror_of(codename: &str) -> Result<Option<String>> {
+    let targets = process::capture_text(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(CODENAME) $(REPO_URI)",
+        "Created-By: Packages",
+    ]))?;
+    let found = targets
+        .lines()
+        .find_map(|line| line.strip_prefix(codename)?.strip_prefix(' '));
+    Ok(found.map(str::to_owned))
 }
 
 /// Downloads the package file of `package` (a name, or `name=version`) into `directory`.

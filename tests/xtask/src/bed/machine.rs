@@ -1,10 +1,11 @@
 //! One run of the bed: the processes on the host, their files, and their end.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -96,19 +97,20 @@ pub fn run(job: &Job, parts: &Parts) -> Result<Outcome> {
     for stream in [output, errors].into_iter().flatten() {
         let _ = stream.join();
     }
-    let failed = |why: &str| {
-        Ok(Outcome::Failed(format!(
+    let told = |why: &str| {
+        format!(
             "{why}; the end of its console:\n{}{}",
             desk.tail("console"),
             desk.tail("virtiofsd.log")
-        )))
+        )
     };
     if let Some(trouble) = trouble {
-        return failed(&trouble);
+        return Ok(Outcome::Failed(told(&trouble)));
     }
     let status = fs::read_to_string(desk.file("status")).unwrap_or_default();
     let Ok(status) = status.trim().parse::<u8>() else {
-        return failed("the machine went down before the command ended");
+        let why = "the machine went down before the command ended";
+        return Ok(Outcome::Down(told(why)));
     };
     if let Some(directory) = &job.results {
         fs::create_dir_all(directory)?;
@@ -177,16 +179,16 @@ impl Drop for Running {
     }
 }
 
-/// `program`, killed by the kernel should this process die without a chance to do it.
-fn bound(program: &Path) -> Command {
+/// `program` and its arguments, killed by the kernel should this process die without a chance to do it.
+fn bound(program: &[impl AsRef<OsStr>]) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command.args(["--pdeathsig", "KILL", "--"]).args(program);
     command
 }
 
 fn virtiofsd(parts: &Parts, desk: &Desk) -> Result<Command> {
     let log = File::create(desk.file("virtiofsd.log"))?;
-    let mut command = bound(&parts.virtiofsd);
+    let mut command = bound(&[&parts.virtiofsd]);
     command
         .arg(format!(
             "--socket-path={}",
@@ -214,7 +216,7 @@ fn qemu(job: &Job, parts: &Parts, desk: &Desk) -> Command {
     let mut kernel_line = "quiet loglevel=4 console=ttyS0 panic=-1 nokaslr mitigations=off \
                            random.trust_cpu=on no_timer_check"
         .to_owned();
-    let mut command = bound(Path::new("qemu-system-x86_64"));
+    let mut command = bound(&parts.emulator.command());
     command.args([
         "-nodefaults",
         "-no-user-config",

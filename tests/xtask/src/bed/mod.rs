@@ -4,6 +4,7 @@
 //! real `kvm_amd`, and this machine's root directory read-only under an overlay. The command runs
 //! there as root; what it writes vanishes with the machine.
 
+mod emulator;
 mod machine;
 mod setup;
 
@@ -78,8 +79,11 @@ pub enum Clock {
 pub enum Outcome {
     /// The command ended with this status; 128 + n for signal n.
     Exited(u8),
-    /// The bed itself failed: why, and the end of its console.
+    /// The bed did not come up, or was switched off at its time limit or by a signal: why, and the
+    /// end of its console.
     Failed(String),
+    /// The bed's machine went down with the command: the end of its console.
+    Down(String),
 }
 
 impl Job {
@@ -120,7 +124,7 @@ pub fn command(arguments: Arguments) -> Result<ExitCode> {
         .unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
     Ok(match outcome {
         Outcome::Exited(status) => ExitCode::from(status),
-        Outcome::Failed(why) => {
+        Outcome::Failed(why) | Outcome::Down(why) => {
             eprintln!("bed: {why}");
             ExitCode::from(BED_FAILED)
         }

@@ -7,13 +7,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::emulator::Emulator;
 use crate::cpio::Archive;
 use crate::{packages, place, process};
 
 const PURPOSE: &str = "the bed";
-const BACKPORTS: &str = "bookworm-backports";
-const SOURCES: &str = "/etc/apt/sources.list.d/bulkhead-bed.sources";
-const PREFERENCES: &str = "/etc/apt/preferences.d/bulkhead-bed";
 
 /// Modules the first stage loads (with what they depend on), in this order. The rest is found by
 /// modprobe, also when the kernel asks for it.
@@ -21,6 +19,8 @@ const MODULES: &[&str] = &["overlay", "kvm-amd", "tun"];
 
 /// The parts, ready to start.
 pub struct Parts {
+    /// QEMU.
+    pub emulator: Emulator,
     /// The file server (C virtiofsd).
     pub virtiofsd: PathBuf,
     /// The kernel's ELF.
@@ -39,10 +39,11 @@ pub fn prepare() -> Result<Parts> {
     let lock = File::create(cache.join("lock"))?;
     lock.lock().context("cannot lock the bed's cache")?;
     packages::install(PURPOSE, &["busybox-static", "kmod", "xz-utils", "zstd"])?;
-    qemu()?;
+    let emulator = Emulator::prepare(&cache)?;
     let virtiofsd = virtiofsd(&cache)?;
     let (release, kernel) = kernel(&cache)?;
     Ok(Parts {
+        emulator,
         virtiofsd,
         kernel: kernel.join("vmlinux"),
         modules: kernel.join("lib/modules"),
@@ -106,35 +107,6 @@ impl Parts {
     }
 }
 
-/// Makes sure of a QEMU that is new enough: 7.2 of Debian 12 has crashed with two emulated CPUs.
-fn qemu() -> Result<()> {
-    if packages::installed("qemu-system-x86") {
-        let version = packages::version("qemu-system-x86")?;
-        if major(&version) >= 8 {
-            return Ok(());
-        }
-    }
-    backports()?;
-    let names = [
-        "qemu-system-x86",
-        "qemu-system-common",
-        "qemu-system-data",
-        "seabios",
-    ];
-    let pinned: Vec<String> = names
-        .iter()
-        .map(|name| format!("{name}/{BACKPORTS}"))
-        .collect();
-    eprintln!("bed: installing QEMU from {BACKPORTS}");
-    process::capture(
-        Command::new("apt-get")
-            .args(["-qq", "install", "--yes", "--no-install-recommends"])
-            .args(&pinned)
-            .env("DEBIAN_FRONTEND", "noninteractive"),
-    )?;
-    Ok(())
-}
-
 /// The first number of a Debian version, its epoch aside.
 fn major(version: &str) -> u32 {
     let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
@@ -142,41 +114,8 @@ fn major(version: &str) -> u32 {
     digits.parse().unwrap_or(0)
 }
 
-/// Adds bookworm-backports from the mirror already in use, pinned so low that nothing comes from
-/// there unless asked for by name.
-fn backports() -> Result<()> {
-    let targets = process::capture_text(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(CODENAME) $(REPO_URI)",
-        "Created-By: Packages",
-    ]))?;
-    let mirror = |codename: &str| {
-        targets
-            .lines()
-            .find_map(|line| line.strip_prefix(codename)?.strip_prefix(' '))
-    };
-    if mirror(BACKPORTS).is_none() {
-        let mirror = mirror("bookworm")
-            .context("this is not Debian 12 (bookworm), the only system the bed is made for")?;
-        eprintln!("bed: adding {BACKPORTS} in {SOURCES}, pinned low in {PREFERENCES}");
-        fs::write(
-            SOURCES,
-            format!(
-                "Types: deb\nURIs: {mirror}\nSuites: {BACKPORTS}\nComponents: main\n\
-                 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
-            ),
-        )?;
-        fs::write(
-            PREFERENCES,
-            format!("Package: *\nPin: release n={BACKPORTS}\nPin-Priority: 60\n"),
-        )?;
-    }
-    packages::update()
-}
-
 /// The file server: the C virtiofsd, which only Debian 12's own qemu-system-common has. It is
-/// unpacked, never installed, because the newer package of that name is installed.
+/// unpacked, never installed.
 fn virtiofsd(cache: &Path) -> Result<PathBuf> {
     let server = cache.join("virtiofsd/usr/lib/qemu/virtiofsd");
     if server.exists() {
@@ -239,7 +178,7 @@ fn kernel(cache: &Path) -> Result<(String, PathBuf)> {
     let release = match pick(&offered()?) {
         Some(release) => release,
         None => {
-            backports()?;
+            packages::backports()?;
             pick(&offered()?).context("no package linux-image-6.12…-cloud-amd64 to be had")?
         }
     };

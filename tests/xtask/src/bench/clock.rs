@@ -65,12 +65,13 @@ impl Clocks {
     pub fn prepare(kernel: Option<&Path>) -> Result<Self> {
         let artefacts = artefacts::build(Profile::Release, None)?;
         for packages in [
-            &["gcc", "libc6-dev", "qemu-system-x86"],
+            &["gcc", "libc6-dev"],
             assets::PACKAGES,
             assets::REFERENCE_PACKAGES,
         ] {
             packages::install("the benchmark", packages)?;
         }
+        peer()?;
         let images = assets::prepare()?;
         eprintln!("bench: building the clocks");
         process::run(cargo().args([
@@ -181,7 +182,7 @@ impl Clocks {
         match job.run()? {
             Outcome::Exited(0) => read(&results),
             Outcome::Exited(status) => bail!("{clock} failed with status {status}"),
-            Outcome::Failed(why) => bail!("the bed failed: {why}"),
+            Outcome::Failed(why) | Outcome::Down(why) => bail!("the bed failed: {why}"),
         }
     }
 }
@@ -227,4 +228,19 @@ fn read(results: &Path) -> Result<Figures> {
 fn text(path: &Path) -> Result<&str> {
     path.to_str()
         .with_context(|| format!("{} is not text", path.display()))
+}
+
+/// Installs the QEMU that the VMM is measured beside: Debian 12's own is too old a one.
+fn peer() -> Result<()> {
+    let names = [
+        "qemu-system-x86",
+        "qemu-system-common",
+        "qemu-system-data",
+        "seabios",
+    ];
+    if names.iter().any(|name| !packages::installed(name)) {
+        packages::backports()?;
+    }
+    let pinned = names.map(|name| format!("{name}/{}", packages::BACKPORTS));
+    packages::install("the benchmark", &pinned.each_ref().map(String::as_str))
 }

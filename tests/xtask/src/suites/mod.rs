@@ -235,13 +235,12 @@ impl EndToEnd<'_> {
             eprintln!("test: there are no end-to-end tests");
             return Ok(Count::default());
         }
-        let script = self.script()?;
         match ground {
             Ground::Plain => {
                 let mut command = Command::new("sh");
                 command
                     .arg("-c")
-                    .arg(&script)
+                    .arg(self.script(&self.binaries)?)
                     .envs(self.environment.iter().cloned());
                 command
                     .stdin(Stdio::null())
@@ -250,33 +249,57 @@ impl EndToEnd<'_> {
                 let (status, words) = report::streamed(&mut command)?;
                 Ok(report::checked(&words, status.code(), self.binaries.len()))
             }
-            Ground::Bed => {
-                let transcript = place::target().join("bulkhead/end-to-end.log");
-                let mut job = Job::new(vec!["sh".to_owned(), "-c".to_owned(), script])?;
-                job.environment.clone_from(&self.environment);
-                job.environment
-                    .push(("BULKHEAD_TEST_AGAIN".to_owned(), "yes".to_owned()));
-                job.memory = BED_MEMORY;
-                job.time_limit = BED_LIMIT;
-                job.transcript = Some(transcript.clone());
-                let status = match job.run()? {
-                    Outcome::Exited(status) => Some(i32::from(status)),
-                    Outcome::Failed(why) => {
-                        eprintln!("bed: {why}");
-                        None
-                    }
-                };
-                let words = fs::read_to_string(&transcript).unwrap_or_default();
-                Ok(report::checked(&words, status, self.binaries.len()))
-            }
+            Ground::Bed => self.run_in_bed(),
         }
     }
 
-    /// A shell script that runs every binary, also after a failure.
-    fn script(&self) -> Result<String> {
+    /// Runs every binary in the bed. An emulated machine can go down through no fault of ours: what
+    /// it had not ended is then run in a second one, and said aloud. A third there is not.
+    fn run_in_bed(&self) -> Result<Count> {
+        let transcript = place::target().join("bulkhead/end-to-end.log");
+        let mut words = String::new();
+        let mut left = self.binaries.as_slice();
+        let mut spare = true;
+        let status = loop {
+            let command = ["sh".to_owned(), "-c".to_owned(), self.script(left)?];
+            let mut job = Job::new(command.to_vec())?;
+            job.environment.clone_from(&self.environment);
+            job.environment
+                .push(("BULKHEAD_TEST_AGAIN".to_owned(), "yes".to_owned()));
+            job.memory = BED_MEMORY;
+            job.time_limit = BED_LIMIT;
+            job.transcript = Some(transcript.clone());
+            let outcome = job.run()?;
+            let said = fs::read_to_string(&transcript).unwrap_or_default();
+            words += &said;
+            match outcome {
+                Outcome::Exited(status) => break Some(i32::from(status)),
+                Outcome::Down(why) if spare => {
+                    eprintln!("bed: {why}");
+                    spare = false;
+                    left = left.get(report::ended(&said)..).unwrap_or_default();
+                    let Some(first) = left.first() else {
+                        break None;
+                    };
+                    eprintln!(
+                        "THE BED WENT DOWN, and the tests from {} on are run in a new one",
+                        first.name
+                    );
+                }
+                Outcome::Failed(why) | Outcome::Down(why) => {
+                    eprintln!("bed: {why}");
+                    break None;
+                }
+            }
+        };
+        Ok(report::checked(&words, status, self.binaries.len()))
+    }
+
+    /// A shell script that runs `binaries`, also after a failure.
+    fn script(&self, binaries: &[Binary]) -> Result<String> {
         let mut script = "status=0\n".to_owned();
         let filter = self.filter.unwrap_or_default().replace('\'', "");
-        for binary in &self.binaries {
+        for binary in binaries {
             let (name, path, arguments) = (&binary.name, text(&binary.path)?, binary.arguments);
             script += &format!("echo 'test: end to end: {name}'\n");
             script += &format!("'{path}' '{filter}' {arguments} || status=1\n");
