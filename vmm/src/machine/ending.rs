@@ -17,6 +17,7 @@ pub struct Ending {
 
 enum How {
     Reset,
+    TripleFault(String),
     Failed(String),
 }
 
@@ -38,6 +39,11 @@ impl Ending {
     /// The guest reset its machine.
     pub fn reset(&self) {
         self.tell(How::Reset);
+    }
+
+    /// A vCPU met a fault while it delivered another one's double fault, `place` being its registers.
+    pub fn triple_fault(&self, place: String) {
+        self.tell(How::TripleFault(place));
     }
 
     /// KVM or a device gave up.
@@ -63,6 +69,7 @@ impl Ending {
             .as_ref()?
         {
             How::Failed(why) => Some(ExitReason::Failed(why.clone())),
+            How::TripleFault(place) => Some(ExitReason::TripleFault(place.clone())),
             How::Reset if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
             How::Reset => Some(ExitReason::GuestReset),
         }
