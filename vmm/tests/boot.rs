@@ -53,6 +53,15 @@ fn a_panic_is_told_from_a_reset() {
 }
 
 #[test]
+fn a_triple_fault_is_told_from_a_reset() {
+    let mut setup = Setup::new("reboot -f");
+    setup.command_line = "quiet reboot=t,force";
+    let (status, record) = setup.start().end();
+    assert_eq!(status.code(), Some(1));
+    assert_eq!(record.reason, ExitReason::TripleFault);
+}
+
+#[test]
 fn a_file_that_is_no_kernel_is_named_in_the_record() {
     let mut setup = Setup::new("");
     setup.kernel = Some(disk_file(b"MZ"));

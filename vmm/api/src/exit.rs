@@ -56,8 +56,8 @@ pub enum ExitReason {
     /// The guest's kernel panicked, as its console says.
     GuestPanic,
     /// A CPU of the guest could not deliver a double fault, which resets a PC: a fault of the guest's
-    /// kernel or of the machine below, and where the CPU stood.
-    TripleFault(String),
+    /// kernel or of the machine below. Where it stood is not known: KVM on AMD resets it first.
+    TripleFault,
     /// The VM could not be built or confined; the guest never ran.
     StartFailed(String),
     /// KVM or a device gave up.
@@ -70,9 +70,7 @@ impl std::fmt::Display for ExitReason {
             Self::Shutdown => write!(f, "the VM was shut down"),
             Self::GuestReset => write!(f, "the guest reset its machine"),
             Self::GuestPanic => write!(f, "the guest's kernel panicked"),
-            Self::TripleFault(place) => {
-                write!(f, "a CPU of the guest met a triple fault ({place})")
-            }
+            Self::TripleFault => write!(f, "a CPU of the guest met a triple fault"),
             Self::StartFailed(why) => write!(f, "the VM could not be started: {why}"),
             Self::Failed(why) => write!(f, "the VM failed: {why}"),
         }

@@ -17,7 +17,7 @@ pub struct Ending {
 
 enum How {
     Reset,
-    TripleFault(String),
+    TripleFault,
     Failed(String),
 }
 
@@ -41,9 +41,9 @@ impl Ending {
         self.tell(How::Reset);
     }
 
-    /// A vCPU met a fault while it delivered another one's double fault, `place` being its registers.
-    pub fn triple_fault(&self, place: String) {
-        self.tell(How::TripleFault(place));
+    /// A vCPU could not deliver a double fault.
+    pub fn triple_fault(&self) {
+        self.tell(How::TripleFault);
     }
 
     /// KVM or a device gave up.
@@ -69,7 +69,7 @@ impl Ending {
             .as_ref()?
         {
             How::Failed(why) => Some(ExitReason::Failed(why.clone())),
-            How::TripleFault(place) => Some(ExitReason::TripleFault(place.clone())),
+            How::TripleFault => Some(ExitReason::TripleFault),
             How::Reset if console_tail().contains(PANIC) => Some(ExitReason::GuestPanic),
             How::Reset => Some(ExitReason::GuestReset),
         }

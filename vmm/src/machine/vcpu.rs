@@ -165,21 +165,10 @@ impl Vcpu {
             match self.enter() {
                 Exit::Kicked => continue,
                 Exit::Reset => self.ending.reset(),
-                Exit::TripleFault(place) => self.ending.triple_fault(place),
+                Exit::TripleFault => self.ending.triple_fault(),
                 Exit::Failed(why) => self.ending.fail(why),
             }
             return self.gate.retire();
-        }
-    }
-
-    /// Where the vCPU stands: all there is to tell of a guest that can say nothing more.
-    fn place(&self) -> String {
-        match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(general), Ok(special)) => format!(
-                "rip {:#x}, rsp {:#x}, cs {:#x}, cr2 {:#x}, cr3 {:#x}",
-                general.rip, general.rsp, special.cs.selector, special.cr2, special.cr3
-            ),
-            (Err(error), _) | (_, Err(error)) => format!("registers unknown: {error}"),
         }
     }
 
@@ -194,7 +183,7 @@ impl Vcpu {
                 Ok(VcpuExit::IoIn(port, data)) => self.bus.port_read(port, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.bus.memory_write(address, data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.bus.memory_read(address, data),
-                Ok(VcpuExit::Shutdown) => return Exit::TripleFault(self.place()),
+                Ok(VcpuExit::Shutdown) => return Exit::TripleFault,
                 Ok(VcpuExit::Intr) => return Exit::Kicked,
                 Ok(other) => {
                     return Exit::Failed(format!("a vCPU left the guest by {other:?}"));
@@ -214,6 +203,6 @@ impl Vcpu {
 enum Exit {
     Kicked,
     Reset,
-    TripleFault(String),
+    TripleFault,
     Failed(String),
 }
