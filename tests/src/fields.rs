@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Fields of config.md and config-linux.md of the OCI runtime specification 1.3, in its order.
-const OCI: [(&str, &str); 5] = [
+const OCI: [(&str, &str); 6] = [
+    ("the specification itself", "hostname domainname hooks"),
     (
         "process",
         "terminal consoleSize cwd env args commandLine user capabilities rlimits apparmorProfile \

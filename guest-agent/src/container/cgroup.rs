@@ -119,7 +119,7 @@ impl Cgroup {
         }
     }
 
-    /// How many processes are in it, those of execs too.
+    /// How many processes are in it and below.
     pub fn process_count(&self) -> usize {
         self.processes().unwrap_or_default().lines().count()
     }
@@ -170,7 +170,7 @@ impl Cgroup {
 
     /// Sets how readily the OOM killer takes each process of the group.
     pub fn adjust_oom_score(&self, score: i32) -> Result<(), CgroupError> {
-        for pid in self.read("cgroup.procs").unwrap_or_default().lines() {
+        for pid in self.processes().unwrap_or_default().lines() {
             let path = PathBuf::from(format!("/proc/{pid}/oom_score_adj"));
             match fs::write(&path, score.to_string()) {
                 // It has ended meanwhile: without a file, or without memory to be killed for.
@@ -320,6 +320,20 @@ mod tests {
         };
         gone.kill().unwrap();
         gone.remove().unwrap();
+    }
+
+    #[test]
+    fn processes_are_found_in_groups_at_any_depth() {
+        let home = tempfile::tempdir().unwrap();
+        for (group, process) in [("", "1"), ("exec-a", "2"), ("own/deeper", "3")] {
+            let group = home.path().join(group);
+            fs::create_dir_all(&group).unwrap();
+            fs::write(group.join("cgroup.procs"), format!("{process}\n")).unwrap();
+        }
+        let group = Cgroup {
+            path: home.path().into(),
+        };
+        assert_eq!(group.process_count(), 3);
     }
 
     #[test]

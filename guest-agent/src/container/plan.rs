@@ -4,7 +4,7 @@ mod program;
 mod refusal;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::container::device::{self, Node};
 use crate::container::mapping::Mapping;
@@ -160,9 +160,12 @@ pub fn own_pids(spec: &Spec) -> bool {
     namespaces.any(|namespace| namespace.kind == "pid")
 }
 
-/// Reads a specification's `process`.
+/// Reads a specification's `process`, alone.
 pub fn read_process(json: &[u8]) -> Result<Process, PlanError> {
-    serde_json::from_slice(json).map_err(|error| PlanError::Malformed(error.to_string()))
+    let malformed = |error: serde_json::Error| PlanError::Malformed(error.to_string());
+    let value: Value = serde_json::from_slice(json).map_err(malformed)?;
+    refusal::unread(&json!({ "process": value }))?;
+    serde_json::from_value(value).map_err(malformed)
 }
 
 /// Reads a specification's `linux.resources`.

@@ -7,8 +7,10 @@ use std::io::{self, ErrorKind};
 
 use super::{Cgroup, CgroupError};
 
-/// How the name of an exec's group begins; no file of the kernel's does.
+/// How the name of an exec's group begins.
 const EXEC: &str = "exec-";
+/// The most groups below a container's that are looked into for processes.
+const MOST_GROUPS: usize = 1024;
 /// How often processes are moved out of a group that is to go: they may fork meanwhile.
 const ATTEMPTS: usize = 16;
 
@@ -30,13 +32,21 @@ impl Cgroup {
         Ok(group)
     }
 
-    /// The numbers of the container's processes, those of its execs too, a line each.
+    /// The numbers of the container's processes, a line each: also those of its execs and of groups
+    /// it has made itself, of which [`MOST_GROUPS`] are looked into.
     pub(super) fn processes(&self) -> io::Result<String> {
         let mut all = fs::read_to_string(self.path.join("cgroup.procs"))?;
-        for entry in fs::read_dir(&self.path)?.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(EXEC) {
-                // One that is over is gone, and its processes with it.
-                all += &fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
+        let mut left = vec![self.path.clone()];
+        let mut seen = 0;
+        while let Some(group) = left.pop() {
+            // One that is over is gone, and its processes with it.
+            for entry in fs::read_dir(&group).into_iter().flatten().flatten() {
+                if seen < MOST_GROUPS && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    let group = entry.path();
+                    all += &fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+                    left.push(group);
+                    seen += 1;
+                }
             }
         }
         Ok(all)

@@ -6,7 +6,7 @@ use super::PlanError;
 use crate::container::spec::Spec;
 
 /// Fields that are refused as soon as they hold anything, and why.
-pub(super) const REFUSED: [(&str, &str); 17] = [
+pub(super) const REFUSED: [(&str, &str); 18] = [
     (
         "process.apparmorProfile",
         "the guest has no AppArmor; its kernel is the confinement",
@@ -19,6 +19,7 @@ pub(super) const REFUSED: [(&str, &str); 17] = [
     ("process.scheduler", "scheduling policies are not set"),
     ("process.ioPriority", "I/O priorities are not set"),
     ("process.execCPUAffinity", "affinities are not set"),
+    ("hostname", "the pod's name is set by Prepare"),
     ("domainname", "the pod's name is set by Prepare"),
     (
         "linux.rootfsPropagation",

@@ -16,9 +16,11 @@ fn planned(spec: &Value) -> Result<Plan, PlanError> {
     container(&read_spec(spec.to_string().as_bytes())?, &places())
 }
 
-/// What a widely used library takes for a container's specification.
+/// What a widely used library takes for a container's specification, without a name of its own.
 fn usual() -> Value {
-    serde_json::to_value(oci_spec::runtime::Spec::default()).unwrap()
+    let mut spec = oci_spec::runtime::Spec::default();
+    spec.set_hostname(None);
+    serde_json::to_value(spec).unwrap()
 }
 
 #[test]
@@ -89,6 +91,16 @@ fn a_field_that_is_not_carried_out_may_stay_empty() {
         let refused = with(json!("something")).unwrap_err();
         assert_eq!(refused, PlanError::Refused { field, why });
     }
+}
+
+#[test]
+fn an_execs_process_is_refused_as_a_containers() {
+    let mut process = usual()["process"].take();
+    assert!(read_process(process.to_string().as_bytes()).is_ok());
+    process["ioPriority"] = json!({"class": "IOPRIO_CLASS_RT"});
+    let refused = read_process(process.to_string().as_bytes()).unwrap_err();
+    let (field, why) = ("process.ioPriority", "I/O priorities are not set");
+    assert_eq!(refused, PlanError::Refused { field, why });
 }
 
 #[test]
