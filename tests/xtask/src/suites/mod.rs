@@ -19,6 +19,9 @@ use report::{Count, Report};
 /// How long the end-to-end suite may take in the bed.
 const BED_LIMIT: Duration = Duration::from_secs(40 * 60);
 
+/// How long a soak may take there.
+const SOAK_LIMIT: Duration = Duration::from_secs(6 * 60 * 60);
+
 /// Memory of the bed for the end-to-end suite, MiB: several pods at once, and their state on tmpfs.
 const BED_MEMORY: u32 = 6144;
 
@@ -42,6 +45,8 @@ pub struct Soak {
     /// How many times as often as in the tests
     #[arg(long, default_value_t = 10)]
     times: u32,
+    /// Only tests whose names contain this
+    filter: Option<String>,
 }
 
 /// The suite that a soak runs.
@@ -78,6 +83,7 @@ pub fn command(arguments: &Arguments) -> Result<ExitCode> {
         })?,
         environment: environment(&directory, &assets, runtime)?,
         filter,
+        bed_limit: BED_LIMIT,
     };
     let (count, time) = measured(|| suite.run(ground))?;
     report.suite("end to end", time, count);
@@ -101,7 +107,8 @@ pub fn soak(arguments: &Soak) -> Result<ExitCode> {
             compiled(&["--package", "bulkhead-tests", "--test", SOAKED], "")
         })?,
         environment,
-        filter: None,
+        filter: arguments.filter.as_deref(),
+        bed_limit: SOAK_LIMIT,
     };
     let (count, time) = measured(|| suite.run(ground))?;
     report.suite("soak", time, count);
@@ -227,6 +234,7 @@ struct EndToEnd<'a> {
     binaries: Vec<Binary>,
     environment: Vec<(String, String)>,
     filter: Option<&'a str>,
+    bed_limit: Duration,
 }
 
 impl EndToEnd<'_> {
@@ -267,7 +275,7 @@ impl EndToEnd<'_> {
             job.environment
                 .push(("BULKHEAD_TEST_AGAIN".to_owned(), "yes".to_owned()));
             job.memory = BED_MEMORY;
-            job.time_limit = BED_LIMIT;
+            job.time_limit = self.bed_limit;
             job.transcript = Some(transcript.clone());
             let outcome = job.run()?;
             let said = fs::read_to_string(&transcript).unwrap_or_default();
