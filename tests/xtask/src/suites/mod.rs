@@ -17,7 +17,7 @@ use crate::{assets, packages, place, process};
 use report::{Count, Report};
 
 /// How long the end-to-end suite may take in the bed.
-const BED_LIMIT: Duration = Duration::from_secs(40 * 60);
+const BED_LIMIT: Duration = Duration::from_secs(55 * 60);
 
 /// How long a soak may take there.
 const SOAK_LIMIT: Duration = Duration::from_secs(6 * 60 * 60);
