@@ -10,6 +10,7 @@ mod bed;
 mod bench;
 mod cpio;
 mod demo;
+mod fuzz;
 mod ground;
 mod kernel;
 mod packages;
@@ -45,6 +46,8 @@ enum Task {
     Soak(suites::Soak),
     /// Run a real image as a pod in a virtual machine
     Demo(demo::Arguments),
+    /// Send the streaming server's parsers what nobody thought of
+    Fuzz(fuzz::Arguments),
     /// Measure, and print the figures as a table
     Bench(bench::Arguments),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => suites::command(&arguments),
         Task::Soak(arguments) => suites::soak(&arguments),
         Task::Demo(arguments) => demo::command(&arguments),
+        Task::Fuzz(arguments) => fuzz::command(&arguments),
         Task::Bench(arguments) => bench::command(&arguments),
     };
     match done {
