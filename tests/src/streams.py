@@ -1,6 +1,6 @@
 """Kubernetes' client for Python at a URL of the streaming server, over WebSocket.
 
-usage: streams.py exec URL | terminal URL | forward URL PORT
+usage: streams.py exec URL | end URL [CERTIFICATE] | terminal URL | forward URL PORT
 """
 import sys
 import types
@@ -20,8 +20,8 @@ class Configuration:
     proxy = proxy_headers = None
 
 
-def connect(url):
-    headers = {"sec-websocket-protocol": "v4.channel.k8s.io"}
+def connect(url, version="v4"):
+    headers = {"sec-websocket-protocol": version + ".channel.k8s.io"}
     return ws_client.WSClient(Configuration, url.replace("http", "ws", 1), headers, True)
 
 
@@ -39,6 +39,18 @@ def command(url):
     client.run_forever()
     print(client.read_channel(1), end="")
     print(client.read_channel(2), end="")
+    print(client.returncode)
+
+
+def end(url, certificate=None):
+    """Sends a line, then ends the input, which the package leaves to its user."""
+    Configuration.verify_ssl = certificate is not None
+    Configuration.ssl_ca_cert = certificate
+    client = connect(url, "v5")
+    client.write_stdin("from python\n")
+    client.sock.send_binary(b"\xff\x00")
+    client.run_forever()
+    print(client.read_channel(1), end="")
     print(client.returncode)
 
 
@@ -63,4 +75,5 @@ def forward(url, port):
     ports.close()
 
 
-{"exec": command, "terminal": terminal, "forward": forward}[sys.argv[1]](*sys.argv[2:])
+CASES = {"exec": command, "end": end, "terminal": terminal, "forward": forward}
+CASES[sys.argv[1]](*sys.argv[2:])

@@ -14,6 +14,7 @@ suite! {
     no_byte_is_lost_or_repeated_when_servers_are_killed,
     what_a_full_disk_does_not_take_is_counted,
     container_waits_for_a_full_disk_where_it_is_told_to,
+    directory_that_vanishes_is_made_anew,
 }
 
 /// Numbers that a container writes to both streams, in batches.
@@ -143,4 +144,28 @@ fn container_waits_for_a_full_disk_where_it_is_told_to(node: &Node) -> Result<()
     let kept = log::text(&log::read(&pod.log_path(&config))?, Stream::Stdout).len();
     ensure!(kept == TOO_MUCH, "{kept} bytes kept");
     server.stop()
+}
+
+fn directory_that_vanishes_is_made_anew(node: &Node) -> Result<()> {
+    let pod = node.pod("vanishes")?;
+    let until = |file| format!("while [ ! -e {file} ]; do sleep 0.1; done");
+    let line = format!(
+        "echo before; {}; echo unseen; {}; echo after; exit 4",
+        until("/go"),
+        until("/again")
+    );
+    let config = shell("vanishes", &node.base()?, &line);
+    let (id, path) = (pod.start(&config)?, pod.log_path(&config));
+    log::wait_for(&path, "before\n")?;
+    fs::remove_dir_all(&pod.config.log_directory)?;
+    pod.cri.shell(&id, "touch /go")?;
+    let container_id = id.clone();
+    let request = ReopenContainerLogRequest { container_id };
+    pod.cri.reopen_container_log(request)?;
+    pod.cri.shell(&id, "touch /again")?;
+    let status = pod.cri.wait(&id)?;
+    ensure!(status.exit_code == 4, "{status:?}");
+    let said = log::text(&log::read(&path)?, Stream::Stdout);
+    ensure!(said.ends_with("after\n"), "{said:?}");
+    Ok(())
 }

@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -10,7 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::{ContainerConfig, ExecRequest, PortForwardRequest};
 use bulkhead_tests::kubectl::{Kubectl, of_url};
-use bulkhead_tests::request::{shell, sleeper};
+use bulkhead_tests::node::BASE;
+use bulkhead_tests::request::{Pod, shell, sleeper};
 use bulkhead_tests::{Cri, Node, suite};
 use sha2::{Digest, Sha256};
 
@@ -21,7 +23,10 @@ suite! {
     exec_ends_with_its_client,
     exec_over_websocket_has_streams_and_an_exit_code,
     exec_with_a_terminal_has_its_size,
+    input_is_ended_over_websocket,
+    tls_is_spoken_and_takes_up_a_new_certificate,
     url_is_good_for_one_use,
+    url_that_is_used_late_is_refused,
     attach_is_seen_by_all_and_ends_input_once,
     ports_are_forwarded_many_at_once,
     port_that_nobody_serves_is_told,
@@ -203,25 +208,95 @@ fn exec_with_a_terminal_has_its_size(node: &Node) -> Result<()> {
     Ok(())
 }
 
+fn input_is_ended_over_websocket(node: &Node) -> Result<()> {
+    let pod = node.pod("half-closed")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let url = pod.cri.exec(exec(&id, "cat; echo end; exit 3"))?.url;
+    let printed = python(node, &["end", &url])?;
+    ensure!(printed == "from python\nend\n3\n", "{printed:?}");
+    Ok(())
+}
+
+/// Makes a certificate for 127.0.0.1 that is its own authority, and its key.
+fn certificate(directory: &Path) -> Result<()> {
+    let mut command = Command::new("openssl");
+    command
+        .args(["req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"])
+        .args(["-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=tests"])
+        .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .arg("-keyout")
+        .arg(directory.join("key.pem"))
+        .arg("-out")
+        .arg(directory.join("certificate.pem"));
+    let made = command.output()?;
+    ensure!(made.status.success(), "{made:?}");
+    Ok(())
+}
+
+fn tls_is_spoken_and_takes_up_a_new_certificate(node: &Node) -> Result<()> {
+    let mut plan = node.plan("tls");
+    let directory = plan.home.clone();
+    std::fs::create_dir_all(&directory)?;
+    let (chain, old) = (directory.join("certificate.pem"), directory.join("old.pem"));
+    certificate(&directory)?;
+    plan.settings = format!(
+        "streaming.certificate = {chain:?}\nstreaming.key = {:?}",
+        directory.join("key.pem")
+    );
+    let server = plan.start()?;
+    let pod = Pod::run(&server.cri, node.pod_config("tls")?)?;
+    let id = pod.start(&sleeper("sleeper", &node.image_on(&server.cri, BASE)?))?;
+    let run = |trusted: &Path| -> Result<String> {
+        let url = server.cri.exec(exec(&id, "cat; exit 5"))?.url;
+        ensure!(url.starts_with("https://"), "{url}");
+        python(node, &["end", &url, &trusted.display().to_string()])
+    };
+    let printed = run(&chain)?;
+    ensure!(printed == "from python\n5\n", "{printed:?}");
+    std::fs::rename(&chain, &old)?;
+    certificate(&directory)?;
+    let printed = run(&chain)?;
+    ensure!(printed == "from python\n5\n", "{printed:?}");
+    let refused = run(&old);
+    ensure!(refused.is_err(), "the old one: {refused:?}");
+    server.stop()
+}
+
+/// The first line of the answer to a client of SPDY.
+fn answer(url: &str) -> Result<String> {
+    let (host, path) = of_url(url)?;
+    let mut stream = TcpStream::connect(host)?;
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
+         X-Stream-Protocol-Version: v4.channel.k8s.io\r\n\r\n"
+    )?;
+    let mut first = String::new();
+    BufReader::new(stream).read_line(&mut first)?;
+    Ok(first)
+}
+
 fn url_is_good_for_one_use(node: &Node) -> Result<()> {
     let pod = node.pod("token")?;
     let id = pod.start(&sleeper("sleeper", &node.base()?))?;
     let url = pod.cri.exec(exec(&id, "true"))?.url;
-    let (host, path) = of_url(&url)?;
-    let answer = || -> Result<String> {
-        let mut stream = TcpStream::connect(host)?;
-        write!(
-            stream,
-            "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
-             X-Stream-Protocol-Version: v4.channel.k8s.io\r\n\r\n"
-        )?;
-        let mut first = String::new();
-        BufReader::new(stream).read_line(&mut first)?;
-        Ok(first)
-    };
-    let (first, second) = (answer()?, answer()?);
+    let (first, second) = (answer(&url)?, answer(&url)?);
     ensure!(first.starts_with("HTTP/1.1 101 "), "{first}");
     ensure!(second.starts_with("HTTP/1.1 404 "), "{second}");
+    Ok(())
+}
+
+fn url_that_is_used_late_is_refused(node: &Node) -> Result<()> {
+    let pod = node.pod("late")?;
+    let id = pod.start(&sleeper("sleeper", &node.base()?))?;
+    let url = pod.cri.exec(exec(&id, "touch /ran"))?.url;
+    // A URL holds for a minute.
+    thread::sleep(Duration::from_secs(62));
+    let late = answer(&url)?;
+    ensure!(late.starts_with("HTTP/1.1 404 "), "{late}");
+    let ran = pod.cri.shell(&id, "ls /ran 2>/dev/null || echo none")?;
+    ensure!(ran == "none", "{ran}");
     Ok(())
 }
 
