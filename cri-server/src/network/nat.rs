@@ -9,12 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::error::NetworkError;
+use super::netfilter::{NF_TABLES, ask, attribute};
 use super::ports::HostPort;
 use super::subnets::Subnets;
 
@@ -24,9 +23,6 @@ const PLACES: [&str; 4] = [
     "/usr/local/sbin/nft",
     "/usr/bin/nft",
 ];
-/// The subsystem of the messages, and its answer about a table.
-const NF_TABLES: u16 = 10 << 8;
-const NEW_TABLE: u16 = NF_TABLES;
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// The `nft` program, if this host has it.
@@ -50,43 +46,13 @@ pub async fn set(bridge: &str, subnets: Subnets, ways: &[Way]) -> Result<(), Net
 /// Whether the table of `bridge` is there, whatever is in it: `nft flush ruleset`, which a start of
 /// nftables' service does, takes all tables away. Where the kernel does not say, it is not.
 pub fn is_set(bridge: &str) -> bool {
-    asked(bridge).is_ok_and(|kind| kind == NEW_TABLE)
-}
-
-/// The kind of the kernel's answer to `NFT_MSG_GETTABLE` (linux/netfilter/nf_tables.h).
-fn asked(bridge: &str) -> Result<u16, Errno> {
     const GET_TABLE: u16 = NF_TABLES | 1;
-    const REQUEST: u16 = 1;
     const NFPROTO_INET: u8 = 1;
     const TABLE_NAME: u16 = 1;
     let name = [bridge.as_bytes(), &[0]].concat();
-    let attribute = u16::try_from(4 + name.len()).map_err(|_| Errno::NAMETOOLONG)?;
-    let mut message = vec![0; 4];
-    message.extend(GET_TABLE.to_ne_bytes());
-    message.extend(REQUEST.to_ne_bytes());
-    // Number and sender, which the socket tells.
-    message.extend([0; 8]);
-    message.extend([NFPROTO_INET, 0, 0, 0]);
-    message.extend(attribute.to_ne_bytes());
-    message.extend(TABLE_NAME.to_ne_bytes());
-    message.extend(name);
-    message.resize(message.len().next_multiple_of(4), 0);
-    let length = u32::try_from(message.len()).map_err(|_| Errno::NAMETOOLONG)?;
-    message[..4].copy_from_slice(&length.to_ne_bytes());
-    let socket = rustix::net::socket_with(
-        AddressFamily::NETLINK,
-        SocketType::RAW,
-        SocketFlags::CLOEXEC,
-        Some(netlink::NETFILTER),
-    )?;
-    rustix::net::send(&socket, &message, SendFlags::empty())?;
-    // Answered by the time the message is sent.
-    let mut answer = [0; 64];
-    let (read, _) = rustix::net::recv(&socket, &mut answer, RecvFlags::DONTWAIT)?;
-    match answer.get(..read) {
-        Some([_, _, _, _, low, high, ..]) => Ok(u16::from_ne_bytes([*low, *high])),
-        _ => Err(Errno::BADMSG),
-    }
+    let asked = attribute(TABLE_NAME, &name)
+        .and_then(|name| ask(GET_TABLE, 0, NFPROTO_INET, &name, |_| {}));
+    asked.is_ok()
 }
 
 fn table(bridge: &str, subnets: Subnets, ways: &[Way]) -> String {

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::bridge::{self, Bridge, Plan};
 use super::error::NetworkError;
+use super::flows;
 use super::forwarding;
 use super::guard::Guard;
 use super::link::{Links, Pair};
@@ -228,6 +229,7 @@ impl Host {
         if fresh || had || has || !nat::is_set(&bridge.link.name) {
             nat::set(&bridge.link.name, subnets, &self.ways(subnets, None)).await?;
         }
+        forget(&wanted.ports);
         self.bridge = Some(bridge.clone());
         let host = host_link(sandbox);
         if let Some(left) = self.links.find(&host).await? {
@@ -273,13 +275,15 @@ impl Host {
                 let ways = self.ways(bridge.subnets, Some(sandbox));
                 nat::set(&bridge.link.name, bridge.subnets, &ways).await?;
             }
-            self.ports.release(sandbox)?;
         }
+        let ports = self.ports.of(sandbox).to_vec();
+        self.ports.release(sandbox)?;
         self.pool.release(sandbox)?;
         if self.pool.is_empty() {
             self.bridge = None;
             self.plan.remove(&self.links).await?;
         }
+        forget(&ports);
         Ok(())
     }
 
@@ -316,6 +320,18 @@ impl Host {
             })
         });
         ways.collect()
+    }
+}
+
+/// Lets clients of these ports reach who has them now. Without it those of UDP that keep their own
+/// port wait for the kernel to forget: no reason to have no pod.
+fn forget(ports: &[HostPort]) {
+    if let Err(error) = flows::forget(ports) {
+        tracing::warn!(
+            %error,
+            "the kernel's connection tracking cannot be read (module nf_conntrack_netlink): clients \
+             that keep sending to a port of the host by UDP may not reach its new pod"
+        );
     }
 }
 

@@ -225,6 +225,12 @@ impl HostPorts {
         self.held.contains_key(sandbox)
     }
 
+    /// What the sandbox holds.
+    pub fn of(&self, sandbox: &str) -> &[HostPort] {
+        let held = self.held.get(sandbox);
+        held.map(|held| held.ports.as_slice()).unwrap_or_default()
+    }
+
     /// Every port with the sandbox that holds it.
     pub fn all(&self) -> impl Iterator<Item = (&str, HostPort)> {
         self.held.iter().flat_map(|(sandbox, held)| {

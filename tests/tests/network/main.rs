@@ -34,6 +34,7 @@ suite! {
     pods_reach_the_world_by_the_hosts_addresses,
     port_of_the_host_leads_to_the_pod_from_everywhere,
     datagrams_to_a_port_of_the_host_arrive,
+    datagrams_of_a_client_that_keeps_its_port_reach_the_next_pod,
     port_is_bound_to_the_address_it_names,
     port_of_another_pod_is_refused_with_its_name,
     ports_end_with_their_pod_after_the_server_was_killed,

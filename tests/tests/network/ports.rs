@@ -69,25 +69,59 @@ pub fn port_of_the_host_leads_to_the_pod_from_everywhere(node: &Node) -> Result<
     Ok(())
 }
 
-pub fn datagrams_to_a_port_of_the_host_arrive(node: &Node) -> Result<()> {
-    let cri = node.cri()?;
-    let ports = [port(Protocol::Udp, "", 5399, 53)];
-    let pod = Pod::run(cri, pod_with(node, "datagrams", &ports)?)?;
-    let line = "exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 53, \
-        Proto => q(udp)) or die; while ($s->recv($word, 99)) { $s->send(qq(got $word)) }'";
-    pod.start(&shell("echo", &node.image(WEB_IMAGE)?, line))?;
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+/// Answers each datagram with a word and what it heard.
+fn echo(word: &str) -> String {
+    format!(
+        "exec perl -MIO::Socket::IP -e '$s = IO::Socket::IP->new(LocalHost => q(::), LocalPort => 53, \
+        Type => SOCK_DGRAM, V6Only => 0) or die; while (defined $s->recv($word, 99)) {{ \
+        $s->send(qq({word} $word)) }}'"
+    )
+}
+
+/// Sends from one port until an answer comes, which is returned.
+fn hear(socket: &UdpSocket, to: &str) -> Result<String> {
     socket.set_read_timeout(Some(Duration::from_secs(2)))?;
     let mut answer = [0; 64];
     for _ in 0..30 {
-        socket.send_to(b"word\n", "127.0.0.1:5399")?;
+        socket.send_to(b"word", to)?;
         if let Ok((count, from)) = socket.recv_from(&mut answer) {
-            ensure!(answer[..count] == *b"got word\n", "{:?}", &answer[..count]);
-            ensure!(from.to_string() == "127.0.0.1:5399", "{from}");
-            return Ok(());
+            ensure!(from.to_string() == to, "{from}");
+            return Ok(String::from_utf8_lossy(&answer[..count]).into_owned());
         }
     }
-    bail!("no answer came");
+    bail!("no answer came from {to}");
+}
+
+pub fn datagrams_to_a_port_of_the_host_arrive(node: &Node) -> Result<()> {
+    let _world = World::make()?;
+    let cri = node.cri()?;
+    let ports = [port(Protocol::Udp, "", 5399, 53)];
+    let pod = Pod::run(cri, pod_with(node, "datagrams", &ports)?)?;
+    pod.start(&shell("echo", &node.image(WEB_IMAGE)?, &echo("got")))?;
+    for (from, to) in [
+        ("0.0.0.0:0", "127.0.0.1:5399"),
+        ("[::]:0", "[2001:db8::1]:5399"),
+    ] {
+        let said = hear(&UdpSocket::bind(from)?, to)?;
+        ensure!(said == "got word", "{to}: {said}");
+    }
+    Ok(())
+}
+
+pub fn datagrams_of_a_client_that_keeps_its_port_reach_the_next_pod(node: &Node) -> Result<()> {
+    let cri = node.cri()?;
+    let ports = [port(Protocol::Udp, "", 5398, 53)];
+    let client = UdpSocket::bind("0.0.0.0:0")?;
+    for name in ["first", "second"] {
+        let pod = Pod::run(cri, pod_with(node, name, &ports)?)?;
+        pod.start(&shell("echo", &node.image(WEB_IMAGE)?, &echo(name)))?;
+        let said = hear(&client, "127.0.0.1:5398")?;
+        ensure!(said == format!("{name} word"), "{said}");
+        cri.remove_pod(&pod.id)?;
+        // Also what went nowhere is remembered.
+        client.send_to(b"word", "127.0.0.1:5398")?;
+    }
+    Ok(())
 }
 
 pub fn port_is_bound_to_the_address_it_names(node: &Node) -> Result<()> {

@@ -107,3 +107,25 @@ fn a_port_on_the_loopback_does_not_open_it_to_pods() {
         server.network.tear_down("a").await.unwrap();
     });
 }
+
+#[test]
+fn datagrams_of_a_client_that_keeps_its_port_reach_the_next_pod() {
+    on_new_host(|| async {
+        let server = Server::start().await;
+        let mut config = with_port("", 5399);
+        config.port_mappings[0].protocol = cri::Protocol::Udp.into();
+        let keeper = server.pod("keeper").await;
+        let (gateway, mut client) = (keeper.gateway(), None);
+        for name in ["first", "second"] {
+            let mut pod = server.pod_with(name, &config).await.unwrap();
+            let client = client.get_or_insert_with(|| UdpSocket::bind((gateway, 4000)).unwrap());
+            client.send_to(b"word", (gateway, 5399)).unwrap();
+            // The host looks for whom the datagram is to go to.
+            let address = pod.address().octets();
+            pod.receive(|frame| frame[12..14] == [8, 6] && frame[38..42] == address);
+            server.network.tear_down(name).await.unwrap();
+            // Nobody has the port now; the kernel remembers that as well.
+            client.send_to(b"word", (gateway, 5399)).unwrap();
+        }
+    });
+}
