@@ -162,6 +162,9 @@ impl Config {
         range("vm.boot_timeout_seconds", seconds, 1..=3600)?;
         let seconds = config.network.cni_timeout_seconds;
         range("network.cni_timeout_seconds", seconds, 1..=3600)?;
+        if let Some(mtu) = config.network.mtu {
+            range("network.mtu", mtu, 576..=65_521)?;
+        }
         config.streaming.tls()?;
         for (name, path) in [("root", &config.root), ("run", &config.run)] {
             if !path.is_absolute() {
@@ -232,6 +235,10 @@ mod tests {
         refuse("[vm]\nboot_timeout_seconds = 0", "boot_timeout_seconds");
         refuse("[log]\nwhen_full = \"burst\"", "when_full");
         refuse("[network]\ncni_timeout_seconds = 0", "cni_timeout_seconds");
+        refuse(
+            "[network]\nmtu = 68",
+            "network.mtu is 68; allowed is 576 to 65521",
+        );
         refuse("[streaming]\naddress = \"localhost\"", "address");
         refuse("[streaming]\nkey = \"/key\"", "streaming.certificate");
         refuse("[streaming]\ncertificate = \"/pem\"", "streaming.key");

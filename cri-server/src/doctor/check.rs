@@ -51,6 +51,7 @@ pub fn examine(tests_too: bool) -> Report {
     findings.extend(TOOLS.map(|(tool, package, purpose)| program(tool, package, purpose)));
     findings.push(pod_network());
     findings.push(bridged_answers());
+    findings.extend(forwarding());
     findings.push(erofs(tests_too));
     findings.extend(nx_huge_pages());
     findings.extend(favordynmods());
@@ -262,6 +263,27 @@ fn bridged_answers() -> Finding {
         "with kube-proxy and CNI's bridge plugin, so that pods reach services of their own node: \
          modprobe br_netfilter && sysctl -w net.bridge.bridge-nf-call-iptables=1",
     )
+}
+
+/// Whether other firewalls of this host let the embedded bridge's pods through; nothing where CNI
+/// plugins see to that.
+fn forwarding() -> Option<Finding> {
+    let name = "forwarding";
+    if !is_root() || network::Config::default().cni.is_dir() {
+        return None;
+    }
+    let closed = network::closed_firewalls();
+    if closed.is_empty() {
+        return Some(Finding::good(name, "no firewall is in the pods' way"));
+    }
+    Some(Finding::warning(
+        name,
+        format!("{} drops what it has no rule for", closed.join(", ")),
+        "pods on the embedded bridge reach only this host and each other, until they are let through: \
+         iptables -I FORWARD -i bulkhead+ -j ACCEPT && iptables -I FORWARD -o bulkhead+ -m conntrack \
+         --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT; or in that table of nft, iifname and oifname \
+         \"bulkhead*\"",
+    ))
 }
 
 /// Guests mount images, not the host; only the tests of the image store do it here.

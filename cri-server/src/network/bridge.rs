@@ -7,10 +7,11 @@
 use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
+use super::IPV6_MTU;
 use super::error::NetworkError;
 use super::forwarding;
 use super::link::{Link, Links};
@@ -56,6 +57,18 @@ impl Plan {
         Ok(all
             .into_iter()
             .find(|link| link.alias.as_deref() == Some(&self.alias)))
+    }
+
+    /// Where other servers, whose bridges are on this host, have their state.
+    pub async fn others(&self, links: &Links) -> Result<Vec<PathBuf>, NetworkError> {
+        let all = links.all().await?;
+        let aliases = all.into_iter().filter_map(|link| link.alias);
+        let others = aliases.filter(|alias| *alias != self.alias);
+        let roots = others.filter_map(|alias| {
+            let root = alias.strip_prefix(NAME)?.strip_prefix(' ')?;
+            root.starts_with('/').then(|| PathBuf::from(root))
+        });
+        Ok(roots.collect())
     }
 
     /// The bridge of this server with its networks, if it is complete.
@@ -137,7 +150,7 @@ impl Plan {
 
     /// The steps that may be repeated on a bridge that is there.
     async fn complete(&mut self, links: &Links, bridge: &mut Bridge) -> Result<(), NetworkError> {
-        let ipv6 = forwarding::has_ipv6();
+        let ipv6 = forwarding::has_ipv6() && bridge.link.mtu >= IPV6_MTU;
         forwarding::settle(&bridge.link.name, ipv6)?;
         if ipv6 && bridge.subnets.v6.is_none() {
             let v6 = self.choice.v6(links, bridge.subnets.v4).await?;
@@ -178,9 +191,9 @@ async fn discard(links: &Links, link: &Link) -> Result<(), NetworkError> {
     links.remove(link).await
 }
 
-/// Keeps servers from choosing the same name and pool: a lock on the network namespace itself,
+/// Keeps servers from choosing the same name and pool, or port of the host: a lock on the network namespace itself,
 /// which leaves no file behind and spans exactly those who share it.
-fn lock() -> Result<File, NetworkError> {
+pub fn lock() -> Result<File, NetworkError> {
     let path = Path::new("/proc/thread-self/ns/net");
     let file = File::open(path).map_err(|source| NetworkError::state(path, source))?;
     rustix::fs::flock(&file, FlockOperation::LockExclusive)

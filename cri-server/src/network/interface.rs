@@ -1,5 +1,6 @@
 //! A pod's network in its record: what the guest is to have.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -16,6 +17,25 @@ pub struct PodNetwork {
     pub interfaces: Vec<Interface>,
     /// The host's resolver, for pods that bring no configuration.
     pub dns: Dns,
+    /// Sysctls that CNI plugins have set in the namespace, with dots, for the guest to have.
+    #[serde(default)]
+    pub sysctls: BTreeMap<String, String>,
+}
+
+impl PodNetwork {
+    /// The pod's own sysctls and those of plugins, of which the pod's count more.
+    pub fn sysctls_under<M>(&self, own: M) -> M
+    where
+        M: IntoIterator<Item = (String, String)> + FromIterator<(String, String)>,
+    {
+        let mut all = self.sysctls.clone();
+        for (name, value) in own {
+            // It may be written with slashes, as sysctl(8) allows.
+            all.remove(&name.replace('/', "."));
+            all.insert(name, value);
+        }
+        all.into_iter().collect()
+    }
 }
 
 /// One network card of a guest.
@@ -86,4 +106,29 @@ pub struct Neighbour {
     pub address: IpAddr,
     /// The hardware address.
     pub mac: [u8; 6],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pods_own_sysctls_count_more_than_a_plugins() {
+        let map = |all: &[(&str, &str)]| -> BTreeMap<String, String> {
+            let all = all.iter();
+            all.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect()
+        };
+        let network = PodNetwork {
+            netns: PathBuf::new(),
+            interfaces: Vec::new(),
+            dns: Dns::default(),
+            sysctls: map(&[("net.a", "1"), ("net.b", "1"), ("net.c", "1")]),
+        };
+        let own = map(&[("net.a", "2"), ("net/b", "2")]);
+        assert_eq!(
+            network.sysctls_under(own),
+            map(&[("net.a", "2"), ("net/b", "2"), ("net.c", "1")])
+        );
+    }
 }

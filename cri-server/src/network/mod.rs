@@ -9,6 +9,7 @@ mod card;
 mod cni;
 mod dns;
 mod error;
+mod firewall;
 mod flows;
 mod forwarding;
 mod guard;
@@ -24,10 +25,12 @@ mod ports;
 mod prefix;
 mod subnets;
 mod sys;
+mod sysctl;
 mod tap;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -38,7 +41,9 @@ use serde::{Deserialize, Serialize};
 pub use cni::CniError;
 pub use dns::Dns;
 pub use error::NetworkError;
+pub use firewall::closed as closed_firewalls;
 pub use interface::{Address, Interface, Neighbour, PodNetwork, Route};
+pub use ports::NO_SCTP;
 pub use prefix::{Ipv4Prefix, Ipv6Prefix};
 pub use tap::Tap;
 
@@ -51,6 +56,9 @@ use ports::HostPort;
 
 /// The pod's link in its namespace, and the guest's name for its card.
 const POD_LINK: &str = "eth0";
+/// "IPv6 requires that every link in the Internet have an MTU of 1280 octets or greater" (RFC 8200
+/// §5); Linux takes IPv6 off a link that has less.
+const IPV6_MTU: u32 = 1280;
 /// The most cards of a pod: each takes a window of its VM.
 const CARDS: usize = 8;
 
@@ -74,7 +82,8 @@ pub struct Config {
     pub pool: Option<Ipv4Prefix>,
     /// Their IPv6 addresses. Default: likewise, else a unique local /64 drawn once (RFC 4193).
     pub pool6: Option<Ipv6Prefix>,
-    /// Largest payload of a frame in bytes. Default: that of the host's way out, at most 1500.
+    /// Largest payload of a frame in bytes, 576 (RFC 791) to 65521 (a tap's); below 1280 pods have no
+    /// IPv6. Default: that of the host's way out, at most 1500.
     pub mtu: Option<u32>,
 }
 
@@ -104,13 +113,16 @@ impl Network {
     /// Takes up the leases under `root` and the namespaces under `run`. Changes nothing on the
     /// host until the first pod comes, apart from removing a bridge of ours that nobody needs.
     pub async fn open(config: Config, root: &Path, run: &Path) -> Result<Self, NetworkError> {
-        let cache = root.join("cni");
+        let namespaces = run.join("netns");
+        let cni = Cni::new(config.clone(), root);
+        let (orphans, of) = (cni.clone(), namespaces.clone());
         let configured = subnets::Pair {
             v4: config.pool,
             v6: config.pool6,
         };
         let root = root.to_owned();
         let (plan, pool, ports) = blocking(move || {
+            orphans.end_orphans(&of);
             let pool = pool::Pool::open(&root)?;
             let choice = subnets::Choice::open(&root, configured)?;
             let plan = bridge::Plan::new(&root, choice, config.mtu)?;
@@ -119,8 +131,8 @@ impl Network {
         .await?;
         Ok(Self {
             owner: Owner::start(plan, pool, ports).await?,
-            cni: Cni::new(config, cache),
-            namespaces: run.join("netns"),
+            cni,
+            namespaces,
         })
     }
 
@@ -152,21 +164,29 @@ impl Network {
     ) -> Result<(PodNetwork, Vec<Tap>), NetworkError> {
         let namespace = Namespace::create(path.clone()).await?;
         let host = blocking(|| Ok(Dns::of_host())).await?;
-        let (interfaces, taps, dns) = if self.cni.is_wanted() {
-            let promise = self.cni.attach(sandbox, &path, pod).await?;
-            let dns = promise.dns.clone().unwrap_or(host);
-            let cards = namespace.run(move || add_cards(promise, queues)).await?;
-            let (interfaces, taps) = cards.into_iter().unzip();
-            (interfaces, taps, dns)
-        } else {
+        let mut network = PodNetwork {
+            netns: path.clone(),
+            interfaces: Vec::new(),
+            dns: host,
+            sysctls: BTreeMap::new(),
+        };
+        if !self.cni.is_wanted() {
             let (interface, tap) = self.join_bridge(sandbox, &namespace, pod, queues).await?;
-            (vec![interface], vec![tap], host)
+            network.interfaces.push(interface);
+            return Ok((network, vec![tap]));
+        }
+        let promise = self.cni.attach(sandbox, &path, pod).await?;
+        if let Some(dns) = &promise.dns {
+            network.dns = dns.clone();
+        }
+        let add = move || async move {
+            // After the plugins, so these are the values they have given.
+            let sysctls = sysctl::read(&promise.sysctls)?;
+            Ok((add_cards(promise, queues).await?, sysctls))
         };
-        let network = PodNetwork {
-            netns: path,
-            interfaces,
-            dns,
-        };
+        let (cards, sysctls) = namespace.run(add).await?;
+        let (interfaces, taps) = cards.into_iter().unzip();
+        (network.interfaces, network.sysctls) = (interfaces, sysctls);
         Ok((network, taps))
     }
 
@@ -238,10 +258,12 @@ impl Network {
             return Ok(());
         }
         let networks = subnets::Pair::read(pod_cidr).map_err(NetworkError::PodCidr)?;
+        // Kept for plugins too, which may ask for it as `ipRanges`.
+        let kept = self.owner.tell(networks).await?;
         if self.cni.is_wanted() {
             return self.cni.tell(networks).await;
         }
-        match self.owner.tell(networks).await? {
+        match kept {
             None => tracing::info!(pod_cidr, "pods have addresses of the node's networks"),
             Some(kept) => tracing::warn!(
                 pod_cidr, in_use = %kept.v4,
@@ -317,7 +339,20 @@ async fn add_cards(promise: Promise, queues: usize) -> Result<Vec<(Interface, Ta
                     && interface.addresses.contains(address)
             })
         })
-        .map(|(address, _)| format!("{}/{}", address.address, address.prefix))
+        .map(|(address, place)| {
+            let text = format!("{}/{}", address.address, address.prefix);
+            let mut on = cards.iter().map(|(interface, _)| interface);
+            let small = on.find(|interface| {
+                interface.mtu < IPV6_MTU
+                    && place.as_ref().is_none_or(|place| *place == interface.name)
+            });
+            match small {
+                Some(Interface { name, mtu, .. }) if address.address.is_ipv6() => {
+                    format!("{text} (IPv6 needs an MTU of {IPV6_MTU} bytes; {name} has {mtu})")
+                }
+                _ => text,
+            }
+        })
         .collect();
     match missing.is_empty() {
         true => Ok(cards),

@@ -15,7 +15,7 @@ use super::guard::Guard;
 use super::link::{Links, Pair};
 use super::nat::{self, Way};
 use super::pool::Pool;
-use super::ports::{HostPort, HostPorts};
+use super::ports::{self, HostPort, HostPorts};
 use super::subnets::{self, Subnets};
 
 /// Requests that may wait for the owner before senders wait.
@@ -219,12 +219,15 @@ impl Host {
         if subnets.v6.is_none()
             && let Some(port) = wanted.ports.iter().find(|port| port.is_ipv6())
         {
-            let why = format!("{port} is of IPv6, which this host has switched off");
+            let why = format!(
+                "{port} is of IPv6, which pods do not have: this host has switched it off, or the \
+                 bridge's MTU is below 1280 (network.mtu)"
+            );
             return Err(NetworkError::HostPort(why));
         }
         let address = self.pool.claim(subnets.v4, sandbox)?;
         let had = self.ports.has(sandbox);
-        self.ports.claim(sandbox, &wanted.pod, &wanted.ports)?;
+        self.claim(&wanted).await?;
         let has = !wanted.ports.is_empty();
         if fresh || had || has || !nat::is_set(&bridge.link.name) {
             nat::set(&bridge.link.name, subnets, &self.ways(subnets, None)).await?;
@@ -261,6 +264,19 @@ impl Host {
             self.links.set_hairpin(&port).await?;
         }
         Ok(attachment)
+    }
+
+    /// Ports of the host are one server's, too.
+    async fn claim(&mut self, wanted: &Wanted) -> Result<(), NetworkError> {
+        if wanted.ports.is_empty() {
+            return self.ports.claim(&wanted.sandbox, &wanted.pod, &[]);
+        }
+        let _lock = bridge::lock()?;
+        for root in self.plan.others(&self.links).await? {
+            ports::refuse_held(&root, &wanted.ports)?;
+        }
+        self.ports
+            .claim(&wanted.sandbox, &wanted.pod, &wanted.ports)
     }
 
     async fn detach(&mut self, sandbox: &str) -> Result<(), NetworkError> {

@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::error::NetworkError;
 use crate::replace::replace;
 
+/// Where the files are, below a server's state.
+const DIRECTORY: &str = "network/ports";
 /// The most ports of one pod.
 const MOST: usize = 1024;
 
@@ -34,13 +36,15 @@ pub struct HostPort {
     pub target: u16,
 }
 
+/// Why no port leads to a pod by SCTP.
+pub const NO_SCTP: &str = "SCTP is not spoken by the guests' kernel";
+
 /// A protocol with ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     Tcp,
     Udp,
-    Sctp,
 }
 
 impl fmt::Display for Protocol {
@@ -48,7 +52,6 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
-            Self::Sctp => "sctp",
         })
     }
 }
@@ -108,7 +111,7 @@ impl HostPort {
             protocol: match mapping.protocol() {
                 cri::Protocol::Tcp => Protocol::Tcp,
                 cri::Protocol::Udp => Protocol::Udp,
-                cri::Protocol::Sctp => Protocol::Sctp,
+                cri::Protocol::Sctp => return Err(NO_SCTP.to_owned()),
             },
             host,
             port: number("host_port", mapping.host_port)?,
@@ -152,25 +155,14 @@ pub struct HostPorts {
 impl HostPorts {
     /// Reads what is held under `root`. Blocks.
     pub fn open(root: &Path) -> Result<Self, NetworkError> {
-        let directory = root.join("network/ports");
+        let directory = root.join(DIRECTORY);
         let fail = |source| NetworkError::state(&directory, source);
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&directory)
             .map_err(fail)?;
-        let mut held = BTreeMap::new();
-        for entry in fs::read_dir(&directory).map_err(fail)? {
-            let path = entry.map_err(fail)?.path();
-            let name = path.file_name().and_then(|name| name.to_str());
-            let Some(name) = name.filter(|name| !name.contains('.')) else {
-                continue; // A kill left it half written.
-            };
-            let text = fs::read(&path).map_err(|source| NetworkError::state(&path, source))?;
-            let read = serde_json::from_slice(&text);
-            let read = read.map_err(|error| NetworkError::state(&path, error.into()))?;
-            held.insert(name.to_owned(), read);
-        }
+        let held = read(&directory).map_err(|(path, source)| NetworkError::state(&path, source))?;
         Ok(Self { directory, held })
     }
 
@@ -182,17 +174,11 @@ impl HostPorts {
         ports: &[HostPort],
     ) -> Result<(), NetworkError> {
         let others = self.held.iter().filter(|(holder, _)| *holder != sandbox);
-        for (_, other) in others {
-            let met = ports.iter().find(|port| {
-                let mut theirs = other.ports.iter();
-                theirs.any(|their| their.meets(**port))
+        if let Some((port, other)) = met(others.map(|(_, other)| other), ports) {
+            return Err(NetworkError::HostPortTaken {
+                port: port.to_string(),
+                holder: other.pod.clone(),
             });
-            if let Some(port) = met {
-                return Err(NetworkError::HostPortTaken {
-                    port: port.to_string(),
-                    holder: other.pod.clone(),
-                });
-            }
         }
         if ports.is_empty() {
             return self.release(sandbox);
@@ -238,6 +224,52 @@ impl HostPorts {
             ports.map(|port| (sandbox.as_str(), *port))
         })
     }
+}
+
+/// Refuses ports that pods of another server hold, whose state is under `root`. Blocks.
+pub fn refuse_held(root: &Path, ports: &[HostPort]) -> Result<(), NetworkError> {
+    let held = match read(&root.join(DIRECTORY)) {
+        Ok(held) => held,
+        Err((_, source)) if source.kind() == ErrorKind::NotFound => return Ok(()),
+        Err((path, source)) => return Err(NetworkError::state(&path, source)),
+    };
+    match met(held.values(), ports) {
+        None => Ok(()),
+        Some((port, other)) => Err(NetworkError::HostPortTaken {
+            port: port.to_string(),
+            holder: format!("{} of the server with {}", other.pod, root.display()),
+        }),
+    }
+}
+
+/// The first of `ports` that somebody holds, and who.
+fn met<'a>(
+    mut held: impl Iterator<Item = &'a Held>,
+    ports: &[HostPort],
+) -> Option<(HostPort, &'a Held)> {
+    held.find_map(|held| {
+        let mut ports = ports.iter();
+        let port = ports.find(|port| held.ports.iter().any(|held| held.meets(**port)))?;
+        Some((*port, held))
+    })
+}
+
+/// What the files of a directory say, by sandbox; or which could not be read.
+fn read(directory: &Path) -> Result<BTreeMap<String, Held>, (PathBuf, io::Error)> {
+    let fail = |source| (directory.to_owned(), source);
+    let mut held = BTreeMap::new();
+    for entry in fs::read_dir(directory).map_err(fail)? {
+        let path = entry.map_err(fail)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let Some(name) = name.filter(|name| !name.contains('.')) else {
+            continue; // A kill left it half written.
+        };
+        let text = fs::read(&path).map_err(|source| (path.clone(), source))?;
+        let read = serde_json::from_slice(&text);
+        let read = read.map_err(|error| (path.clone(), error.into()))?;
+        held.insert(name.to_owned(), read);
+    }
+    Ok(held)
 }
 
 fn gone(result: io::Result<()>) -> io::Result<()> {

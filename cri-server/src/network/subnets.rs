@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::dns::Dns;
 use super::error::NetworkError;
@@ -14,6 +15,8 @@ use super::link::Links;
 use super::prefix::{Ipv4Prefix, Ipv6Prefix};
 use crate::replace::replace;
 
+/// Where it is kept, below the server's state.
+const FILE: &str = "network/subnets.json";
 /// The prefix length of a network that is chosen here (RFC 4193 §3.1: 16 bits of subnet follow
 /// the 48 of the prefix, then 64 of the interface).
 const CHOSEN_LENGTH: u8 = 64;
@@ -69,6 +72,20 @@ impl Pair {
         check(pair).map_err(|error| error.to_string())?;
         Ok(pair)
     }
+
+    /// What the kubelet has told the server whose state is under `root`. Blocks.
+    pub fn told(root: &Path) -> Result<Self, NetworkError> {
+        Ok(kept(&root.join(FILE))?.told)
+    }
+
+    /// Both as CNI has them for host-local: a list of sets, each of ranges that stand for one
+    /// another.
+    pub fn ranges(&self) -> Value {
+        let four = self.v4.map(|four| four.to_string());
+        let six = self.v6.map(|six| six.to_string());
+        let all = four.iter().chain(&six);
+        all.map(|cidr| json!([{"subnet": cidr}])).collect()
+    }
 }
 
 /// How the networks of this server's bridge are found.
@@ -91,13 +108,8 @@ struct Kept {
 impl Choice {
     /// Of the server whose state is under `root`. Blocks.
     pub fn open(root: &Path, configured: Pair) -> Result<Self, NetworkError> {
-        let path = root.join("network/subnets.json");
-        let kept = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| NetworkError::state(&path, error.into()))?,
-            Err(error) if error.kind() == ErrorKind::NotFound => Kept::default(),
-            Err(source) => return Err(NetworkError::state(&path, source)),
-        };
+        let path = root.join(FILE);
+        let kept = kept(&path)?;
         check(configured)?;
         Ok(Self {
             path,
@@ -182,6 +194,16 @@ impl Choice {
         replace(&self.path, &text).map_err(fail)?;
         self.kept = kept;
         Ok(())
+    }
+}
+
+fn kept(path: &Path) -> Result<Kept, NetworkError> {
+    match fs::read(path) {
+        Ok(text) => {
+            serde_json::from_slice(&text).map_err(|error| NetworkError::state(path, error.into()))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Kept::default()),
+        Err(source) => Err(NetworkError::state(path, source)),
     }
 }
 

@@ -387,6 +387,73 @@ fn two_servers_have_two_bridges_with_pools_apart() {
 }
 
 #[test]
+fn a_port_of_another_servers_pod_is_refused_with_its_name() {
+    on_new_host(|| async {
+        let (one, two) = (Server::start().await, Server::start().await);
+        let config = host_ports::with_port("", 8080);
+        let a = one.pod_with("a", &config).await.unwrap();
+        let refusal = two.pod_with("b", &config).await.err().unwrap().to_string();
+        let root = one.directory.path().join("root").display().to_string();
+        assert!(
+            refusal.contains("8080/tcp") && refusal.contains("shop/web"),
+            "{refusal}"
+        );
+        assert!(refusal.contains(&root), "{refusal}");
+        // A pod of its own is not another server's, and what is given back is free.
+        drop(a);
+        one.network.tear_down("a").await.unwrap();
+        let b = two.pod_with("b", &config).await.unwrap();
+        drop((b, one.pod("c").await));
+        one.network.tear_down("c").await.unwrap();
+        two.network.tear_down("b").await.unwrap();
+    });
+}
+
+#[test]
+fn below_the_mtu_that_ipv6_needs_pods_have_ipv4_alone() {
+    on_new_host(|| async {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config {
+            mtu: Some(1000),
+            ..Config::default()
+        };
+        let network = open(&directory, config).await;
+        let pod = cri::PodSandboxConfig::default();
+        let (made, taps) = network.set_up("a", &pod, 1).await.unwrap();
+        assert_eq!(made.interfaces[0].mtu, 1000);
+        assert_eq!(made.interfaces[0].addresses.len(), 1);
+        drop(taps);
+        let of_ipv6 = host_ports::with_port("::", 8080);
+        let refused = network.set_up("b", &of_ipv6, 1).await;
+        let refusal = refused.err().unwrap().to_string();
+        assert!(refusal.contains("MTU is below 1280"), "{refusal}");
+        network.tear_down("a").await.unwrap();
+    });
+}
+
+#[test]
+fn a_promise_of_ipv6_on_a_link_too_small_for_it_is_said() {
+    on_new_host(|| async {
+        let done = |arguments: &[&str]| {
+            let status = Command::new("ip").args(arguments).status();
+            assert!(status.unwrap().success(), "{arguments:?}");
+        };
+        let pair = ["mtu", "1000", "type", "veth", "peer", "name", "other"];
+        done(&[&["link", "add", "eth0"], &pair[..]].concat());
+        done(&["addr", "add", "10.9.0.2/24", "dev", "eth0"]);
+        let promise =
+            serde_json::json!({"ips": [{"address": "10.9.0.2/24"}, {"address": "fd09::2/64"}]});
+        let promise = Promise::read(&promise).unwrap();
+        let error = add_cards(promise, 1).await.err().unwrap().to_string();
+        assert!(
+            error.contains("fd09::2/64 (IPv6 needs an MTU of 1280 bytes; eth0 has 1000)"),
+            "{error}"
+        );
+        assert!(!error.contains("10.9.0.2"), "{error}");
+    });
+}
+
+#[test]
 fn a_configured_pool_that_the_host_uses_is_refused_by_name() {
     on_new_host(|| async {
         let one = Server::start().await;

@@ -251,7 +251,7 @@ impl Ground<'_> {
             hostname: self.record.hostname.clone(),
             interfaces: network.interfaces.iter().map(interface).collect(),
             resolv_conf: dns::resolv_conf(config.dns_config.as_ref(), &network.dns),
-            sysctls: linux.sysctls,
+            sysctls: network.sysctls_under(linux.sysctls),
             wall_clock_nanoseconds: host::now(),
             entropy: entropy.to_vec(),
             scratch_serial: scratch::SERIAL.to_owned(),

@@ -174,3 +174,24 @@ pub fn network_may_change_while_pods_start(node: &Node) -> Result<()> {
     ensure!(leases(node, name).is_empty(), "{:?}", leases(node, name));
     end(server)
 }
+
+pub fn kubelets_pod_cidr_is_told_to_plugins_that_ask(node: &Node) -> Result<()> {
+    let name = "asked";
+    let mut network = bridge(node, name, "unused");
+    network["ipam"] = host_local(&home(node, name), json!([]));
+    network["capabilities"] = json!({"ipRanges": true});
+    let first = server(node, name, json!([network.clone()]))?;
+    first.cri.tell_pod_cidr("10.77.0.0/24,fd77::/64")?;
+    // The kubelet tells it once: the next server knows it still.
+    first.stop()?;
+    let server = server(node, name, json!([network]))?;
+    let cri = &server.cri;
+    let pod = Pod::run(cri, node.pod_config(name)?)?;
+    let network = cri.pod(&pod.id)?.network.context("no network")?;
+    ensure!(
+        network.ip.starts_with("10.77.0.") && network.additional_ips[0].ip.starts_with("fd77::"),
+        "{network:?}"
+    );
+    cri.remove_pod(&pod.id)?;
+    end(server)
+}

@@ -1,6 +1,7 @@
 //! What plugins give a pod, and what they are told of it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cri_api::v1::{PortMapping, Protocol};
@@ -105,7 +106,9 @@ pub fn routes_and_neighbours_are_the_guests_in_every_detail(node: &Node) -> Resu
 }
 
 pub fn ptp_routes_by_its_gateway(node: &Node) -> Result<()> {
-    let ipam = host_local(&home(node, "ptp"), json!([[{"subnet": "10.93.0.0/24"}]]));
+    let ranges = json!([[{"subnet": "10.93.0.0/24"}], [{"subnet": "fd93::/64"}]]);
+    let mut ipam = host_local(&home(node, "ptp"), ranges);
+    ipam["routes"] = json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]);
     let server = server(node, "ptp", json!([{"type": "ptp", "ipam": ipam}]))?;
     let cri = &server.cri;
     let image = node.image_on(cri, BASE)?;
@@ -116,9 +119,14 @@ pub fn ptp_routes_by_its_gateway(node: &Node) -> Result<()> {
     one.start(&shell("web", &image, "exec httpd -f -p 80 -h /www"))?;
     let address = cri.pod_ip(&one.id)?;
     fetch(SocketAddr::new(address, 80))?;
+    let six = cri.pod(&one.id)?.network.context("no network")?;
+    let six = six.additional_ips[0].ip.clone();
+    fetch(SocketAddr::new(six.parse()?, 80))?;
     // The neighbours of a pod are behind the host, not beside it.
     let id = two.start(&sleeper("client", &image))?;
     run("sysctl -qw net.ipv4.ip_forward=1")?;
+    let said = cri.shell(&id, &format!("wget -q -O - http://[{six}]/"))?;
+    ensure!(said.contains("hello"), "{six}: {said}");
     let said = cri.shell(&id, &format!("ip route; wget -q -O - http://{address}/"))?;
     ensure!(
         said.contains("10.93.0.0/24 via 10.93.0.1 dev eth0"),
@@ -134,10 +142,11 @@ pub fn ptp_routes_by_its_gateway(node: &Node) -> Result<()> {
 pub fn macvlan_is_on_the_links_network(node: &Node) -> Result<()> {
     run(
         "ip link add cni-lan type veth peer name cni-other; ip link set cni-lan up;
-        ip link set cni-other up; ip addr add 10.94.0.1/24 dev cni-other",
+        ip link set cni-other up; ip addr add 10.94.0.1/24 dev cni-other;
+        ip addr add fd94::1/64 dev cni-other nodad",
     )?;
     let plugin = json!({"type": "macvlan", "master": "cni-lan", "mode": "bridge",
-        "ipam": {"type": "static", "addresses": [{"address": "10.94.0.9/24"}]}});
+        "ipam": {"type": "static", "addresses": [{"address": "10.94.0.9/24"}, {"address": "fd94::9/64"}]}});
     let server = server(node, "macvlan", json!([plugin]))?;
     let cri = &server.cri;
     let image = node.image_on(cri, BASE)?;
@@ -146,14 +155,16 @@ pub fn macvlan_is_on_the_links_network(node: &Node) -> Result<()> {
     let address = cri.pod_ip(&pod.id)?;
     ensure!(address.to_string() == "10.94.0.9", "{address}");
     fetch(SocketAddr::new(address, 80))?;
+    fetch("[fd94::9]:80".parse()?)?;
     cri.remove_pod(&pod.id)?;
     run("ip link delete cni-lan")?;
     end(server)
 }
 
-pub fn tuning_changes_the_hardware_address(node: &Node) -> Result<()> {
+pub fn tuning_changes_hardware_address_and_sysctls(node: &Node) -> Result<()> {
     let plugins = json!([bridge(node, "tuning", "10.95.0.0/24"),
-        {"type": "tuning", "mac": "c2:b0:57:49:47:f1", "mtu": 1454}]);
+        {"type": "tuning", "mac": "c2:b0:57:49:47:f1", "mtu": 1454,
+            "sysctl": {"net.core.somaxconn": "517", "net.ipv4.conf.eth0.arp_announce": "2"}}]);
     let server = server(node, "tuning", plugins)?;
     let cri = &server.cri;
     let image = node.image_on(cri, BASE)?;
@@ -162,32 +173,58 @@ pub fn tuning_changes_the_hardware_address(node: &Node) -> Result<()> {
     fetch(SocketAddr::new(cri.pod_ip(&pod.id)?, 80))?;
     let said = cri.shell(&id, "cd /sys/class/net/eth0; cat address mtu")?;
     ensure!(said == "c2:b0:57:49:47:f1\n1454", "{said}");
+    let line = "cd /proc/sys/net; cat core/somaxconn ipv4/conf/eth0/arp_announce";
+    let said = cri.shell(&id, line)?;
+    ensure!(said == "517\n2", "{said}");
+    cri.remove_pod(&pod.id)?;
+    // The pod's own count more.
+    let mut config = node.pod_config("own")?;
+    let linux = config.linux.get_or_insert_default();
+    linux.sysctls = [("net.core.somaxconn".to_owned(), "613".to_owned())].into();
+    let pod = Pod::run(cri, config)?;
+    let id = pod.start(&sleeper("looks", &image))?;
+    let said = cri.shell(&id, line)?;
+    ensure!(said == "613\n2", "{said}");
     cri.remove_pod(&pod.id)?;
     end(server)
 }
 
 pub fn ports_of_the_host_lead_to_the_pod(node: &Node) -> Result<()> {
-    let plugins = json!([bridge(node, "ports", "10.96.0.0/24"),
+    let ranges = json!([[{"subnet": "10.96.0.0/24"}], [{"subnet": "fd96:1::/64"}]]);
+    let mut network = bridge(node, "ports", "10.96.0.0/24");
+    network["ipam"] = host_local(&home(node, "ports"), ranges);
+    let plugins = json!([network,
         {"type": "portmap", "capabilities": {"portMappings": true}},
         {"type": "firewall"}, {"type": "loopback"}]);
     let server = server(node, "ports", plugins)?;
     let cri = &server.cri;
     let image = node.image_on(cri, BASE)?;
     let mut config = node.pod_config("ports")?;
-    config.port_mappings = vec![PortMapping {
-        protocol: Protocol::Tcp.into(),
+    let port = |protocol: Protocol| PortMapping {
+        protocol: protocol.into(),
         container_port: 80,
         host_port: 8099,
         host_ip: String::new(),
-    }];
+    };
+    config.port_mappings = vec![port(Protocol::Tcp), port(Protocol::Udp)];
     let pod = Pod::run(cri, config)?;
     pod.start(&shell("web", &image, "exec httpd -f -p 80 -h /www"))?;
-    for host in ["10.96.0.1:8099", "127.0.0.1:8099"] {
+    let echo = "exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 80, \
+        Proto => q(udp)) or die; while ($s->recv($word, 99)) { $s->send(qq(got $word)) }'";
+    pod.start(&shell("echo", &node.image_on(cri, WEB)?, echo))?;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut answer = [0; 16];
+    let heard = (0..30).any(|_| {
+        socket.send_to(b"word", "10.96.0.1:8099").is_ok() && socket.recv(&mut answer).is_ok()
+    });
+    ensure!(heard && answer.starts_with(b"got word"), "{answer:?}");
+    for host in ["10.96.0.1:8099", "127.0.0.1:8099", "[fd96:1::1]:8099"] {
         let page = fetch(host.parse()?).with_context(|| host)?;
         ensure!(page.contains("hello"), "{host}: {page}");
     }
     cri.remove_pod(&pod.id)?;
-    let left = run("iptables-save -t nat | grep -c 8099 || true")?;
+    let left = run("(iptables-save -t nat; ip6tables-save -t nat) | grep -c 8099 || true")?;
     ensure!(left == "0\n", "{left} rules are left");
     end(server)
 }
@@ -198,11 +235,20 @@ pub fn bandwidth_is_limited(node: &Node) -> Result<()> {
     let server = server(node, "bandwidth", plugins)?;
     let cri = &server.cri;
     let mut config = node.pod_config("bandwidth")?;
-    let annotation = "kubernetes.io/ingress-bandwidth".to_owned();
-    config.annotations = [(annotation, "8M".to_owned())].into();
+    // The module brings two links by itself.
+    run("modprobe ifb numifbs=0")?;
+    let limits = [("ingress", "8M"), ("egress", "4M")];
+    let limits =
+        limits.map(|(way, rate)| (format!("kubernetes.io/{way}-bandwidth"), rate.to_owned()));
+    config.annotations = limits.into();
     let pod = Pod::run(cri, config.clone())?;
+    // What the pod gets leaves by the host's end of its link; what it sends, by an ifb of its own.
     let said = run("tc qdisc show")?;
-    ensure!(said.contains("tbf") && said.contains("8Mbit"), "{said}");
+    let limited = |rate: &str| {
+        said.lines()
+            .any(|line| line.contains("tbf") && line.contains(rate))
+    };
+    ensure!(limited("8Mbit") && limited("4Mbit"), "{said}");
     cri.remove_pod(&pod.id)?;
     end(server)
 }

@@ -37,7 +37,10 @@ suite! {
     datagrams_of_a_client_that_keeps_its_port_reach_the_next_pod,
     port_is_bound_to_the_address_it_names,
     port_of_another_pod_is_refused_with_its_name,
+    port_of_another_servers_pod_is_refused_with_its_name,
+    ports_of_a_protocol_that_guests_lack_are_refused,
     ports_end_with_their_pod_after_the_server_was_killed,
+    doctor_names_a_firewall_in_the_pods_way,
     service_on_the_node_is_reached_from_its_pods,
     kubelets_pod_cidr_is_the_next_bridges,
     full_pool_is_refused_and_serves_again,
@@ -269,5 +272,24 @@ fn pods_reach_the_world_by_the_hosts_addresses(node: &Node) -> Result<()> {
         })?;
         ensure!(seen == here, "{there} hears of {seen}");
     }
+    Ok(())
+}
+
+fn doctor_names_a_firewall_in_the_pods_way(node: &Node) -> Result<()> {
+    let doctor = || -> Result<String> {
+        let program = node.programs().join("bulkhead");
+        let done = Command::new(program).arg("doctor").output()?;
+        Ok(String::from_utf8(done.stdout)?)
+    };
+    run("nft 'add table inet wall; add chain inet wall way \
+        { type filter hook forward priority 0; policy drop; }'")?;
+    let closed = doctor();
+    let opened =
+        run("nft add rule inet wall way iifname 'bulkhead*' accept").and_then(|_| doctor());
+    run("nft delete table inet wall")?;
+    let (closed, opened) = (closed?, opened?);
+    let line = "warn  forwarding: way of nft's table inet wall drops";
+    ensure!(closed.contains(line), "{closed}");
+    ensure!(!opened.contains("table inet wall"), "{opened}");
     Ok(())
 }

@@ -167,6 +167,31 @@ pub fn port_of_another_pod_is_refused_with_its_name(node: &Node) -> Result<()> {
     Ok(())
 }
 
+pub fn port_of_another_servers_pod_is_refused_with_its_name(node: &Node) -> Result<()> {
+    let ports = [port(Protocol::Tcp, "", 8095, 80)];
+    let cri = node.cri()?;
+    let one = Pod::run(cri, pod_with(node, "holder", &ports)?)?;
+    let second = node.plan("second").start()?;
+    let late = pod_with(node, "late", &ports)?;
+    let message = refused(second.cri.run_pod(&late), &[Code::FailedPrecondition])?;
+    ensure!(
+        message.contains("8095/tcp") && message.contains("tests/holder of the server with"),
+        "{message}"
+    );
+    cri.remove_pod(&one.id)?;
+    let id = Pod::run(&second.cri, late)?.id;
+    second.cri.remove_pod(&id)?;
+    second.stop()
+}
+
+pub fn ports_of_a_protocol_that_guests_lack_are_refused(node: &Node) -> Result<()> {
+    let ports = [port(Protocol::Sctp, "", 8094, 80)];
+    let config = pod_with(node, "sctp", &ports)?;
+    let message = refused(node.cri()?.run_pod(&config), &[Code::InvalidArgument])?;
+    ensure!(message.contains("protocol SCTP"), "{message}");
+    Ok(())
+}
+
 pub fn ports_end_with_their_pod_after_the_server_was_killed(node: &Node) -> Result<()> {
     let first = node.plan("killed").start()?;
     let image = node.image_on(&first.cri, BASE)?;

@@ -4,6 +4,7 @@ use bulkhead_cri_api::v1 as cri;
 
 use super::{SpecError, identifier, invalid, unsupported};
 use crate::container::{resource, seccomp, users};
+use crate::network::NO_SCTP;
 
 /// `__NEW_UTS_LEN` of the kernel (include/uapi/linux/utsname.h), in bytes.
 const LONGEST_HOSTNAME: usize = 64;
@@ -29,6 +30,11 @@ pub fn check_pod(pod: &cri::PodSandboxConfig) -> Result<(), SpecError> {
     }
     if pod.windows.is_some() {
         return Err(unsupported("windows", "pods are Linux"));
+    }
+    // One without a port of the host says what the pod has, and asks for nothing.
+    let mut wanted = pod.port_mappings.iter().filter(|port| port.host_port > 0);
+    if wanted.any(|port| port.protocol() == cri::Protocol::Sctp) {
+        return Err(unsupported("port_mappings.protocol SCTP", NO_SCTP));
     }
     for limits in linux.resources.iter().chain(&linux.overhead) {
         resource::check_pod(limits)?;
@@ -268,7 +274,14 @@ mod tests {
         fn sysctl(linux: &mut cri::LinuxPodSandboxConfig, value: &str) {
             linux.sysctls = [("kernel.msgmax".to_owned(), value.to_owned())].into();
         }
-        let table: [(&str, &str, Set); 16] = [
+        let table: [(&str, &str, Set); 17] = [
+            ("port_mappings", "SCTP", |pod, _| {
+                pod.port_mappings = vec![cri::PortMapping {
+                    protocol: cri::Protocol::Sctp.into(),
+                    host_port: 80,
+                    ..Default::default()
+                }];
+            }),
             ("apparmor", "no profile mine", |_, linux| {
                 security(linux).apparmor = Some(cri::SecurityProfile {
                     profile_type: cri::security_profile::ProfileType::Localhost.into(),

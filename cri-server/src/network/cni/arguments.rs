@@ -5,6 +5,8 @@ use bulkhead_cri_api::v1 as cri;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::network::subnets::Pair;
+
 /// The least and the most bits per second of a pod, as the kubelet has them.
 const RATES: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
@@ -18,8 +20,9 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Those of a pod. Says what of its configuration cannot be told to plugins.
-    pub fn of(sandbox: &str, pod: &cri::PodSandboxConfig) -> Result<Self, String> {
+    /// Those of a pod on a node whose networks are `told`. Says what of its configuration cannot be
+    /// told to plugins.
+    pub fn of(sandbox: &str, pod: &cri::PodSandboxConfig, told: Pair) -> Result<Self, String> {
         let metadata = pod.metadata.clone().unwrap_or_default();
         let mut line = "IgnoreUnknown=1".to_owned();
         for (name, value) in [
@@ -36,7 +39,7 @@ impl Arguments {
         }
         Ok(Self {
             line,
-            capabilities: capabilities(pod)?,
+            capabilities: capabilities(pod, told)?,
         })
     }
 
@@ -50,8 +53,11 @@ impl Arguments {
     }
 }
 
-fn capabilities(pod: &cri::PodSandboxConfig) -> Result<Map<String, Value>, String> {
+fn capabilities(pod: &cri::PodSandboxConfig, told: Pair) -> Result<Map<String, Value>, String> {
     let mut all = Map::new();
+    if told != Pair::default() {
+        all.insert("ipRanges".to_owned(), told.ranges());
+    }
     let ports: Vec<Value> = pod
         .port_mappings
         .iter()
@@ -170,7 +176,7 @@ mod tests {
 
     #[test]
     fn plugins_are_told_what_kubernetes_tells_them() {
-        let arguments = Arguments::of("abc", &pod()).unwrap();
+        let arguments = Arguments::of("abc", &pod(), Pair::default()).unwrap();
         assert_eq!(
             arguments.line,
             "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;\
@@ -178,7 +184,7 @@ mod tests {
         );
         let mut pod = pod();
         pod.metadata.as_mut().unwrap().name = "web;K8S_POD_NAMESPACE=kube-system".into();
-        assert!(Arguments::of("abc", &pod).is_err());
+        assert!(Arguments::of("abc", &pod, Pair::default()).is_err());
     }
 
     #[test]
@@ -195,12 +201,19 @@ mod tests {
                 ..Default::default()
             },
         ];
-        let arguments = Arguments::of("abc", &pod).unwrap();
+        let arguments = Arguments::of("abc", &pod, Pair::default()).unwrap();
         let given = arguments.runtime_config(&["portMappings".into(), "ipRanges".into()]);
         assert_eq!(
             Value::from(given),
             json!({"portMappings": [
                 {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ""}]})
+        );
+        let told = Pair::read("10.7.0.0/24,fd07::/64").unwrap();
+        let arguments = Arguments::of("abc", &pod, told).unwrap();
+        let given = arguments.runtime_config(&["ipRanges".into()]);
+        assert_eq!(
+            Value::from(given),
+            json!({"ipRanges": [[{"subnet": "10.7.0.0/24"}], [{"subnet": "fd07::/64"}]]})
         );
     }
 

@@ -25,8 +25,9 @@ pub struct Attachment {
     pub netns: PathBuf,
     /// What the last plugin answered to ADD; `Null` until then.
     pub result: Value,
-    /// How often plugins failed to take it back.
-    pub failures: u32,
+    /// Since when plugins fail to take it back, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failing_since: Option<u64>,
     /// Why the pod no longer has it, when that was last looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,

@@ -127,6 +127,16 @@ impl NetworkList {
         })
     }
 
+    /// The sysctls of the network that plugins are configured to set, as `tuning` has them: by the
+    /// key `sysctl`, with dots, and `IFNAME` for the pod's interface.
+    pub fn sysctls(&self, interface: &str) -> Vec<String> {
+        let plugins = self.plugins.iter();
+        let wanted = plugins.filter_map(|plugin| plugin.config.get("sysctl")?.as_object());
+        let names = wanted.flat_map(|wanted| wanted.keys());
+        let names = names.map(|name| name.replace("IFNAME", interface).replace('/', "."));
+        names.filter(|name| name.starts_with("net.")).collect()
+    }
+
     /// Whether plugins may be asked for STATUS and GC, which version 1.1.0 brought.
     pub fn has_status(&self) -> bool {
         self.version == "1.1.0"
@@ -223,6 +233,19 @@ mod tests {
         assert_eq!(list.version, "1.0.0");
         assert_eq!(list.plugins[0].config["mtu"], 1400);
         assert_eq!(list.plugins[1].capabilities, ["portMappings"]);
+    }
+
+    #[test]
+    fn sysctls_of_plugins_are_named_with_dots_and_the_pods_interface() {
+        let list = parse(
+            r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"},
+                {"type": "tuning", "sysctl": {"net.core.somaxconn": "500",
+                    "net/ipv4/conf/IFNAME/arp_filter": "1", "kernel.msgmax": "9"}}]}"#,
+        );
+        assert_eq!(
+            list.unwrap().sysctls("eth0"),
+            ["net.core.somaxconn", "net.ipv4.conf.eth0.arp_filter"]
+        );
     }
 
     #[test]

@@ -6,13 +6,15 @@
 mod arguments;
 mod cache;
 mod list;
+mod orphan;
 mod plugin;
 mod reply;
 mod template;
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bulkhead_cri_api::v1 as cri;
 use serde_json::{Map, Value, json};
@@ -29,9 +31,7 @@ pub use reply::Promise;
 /// How long a plugin may take to say whether it is ready: clients wait for that often.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
 /// How many pods are looked at together.
-const CHECKS: usize = 8;
-/// How often plugins may fail to take an attachment back until the pod goes without them.
-const PATIENCE: u32 = 3;
+const TOGETHER: usize = 8;
 
 /// Why CNI gives no network.
 #[derive(Debug, thiserror::Error)]
@@ -112,19 +112,31 @@ pub struct Cni {
     directory: PathBuf,
     template: Option<PathBuf>,
     programs: Vec<PathBuf>,
+    /// For one call of one plugin; and for how long a pod stays whose plugins fail to take its
+    /// network back.
     limit: Duration,
+    root: PathBuf,
     cache: Cache,
 }
 
 impl Cni {
-    /// Of a server that keeps attachments in `cache`.
-    pub fn new(config: super::Config, cache: PathBuf) -> Self {
+    /// Of the server whose state is under `root`.
+    pub fn new(config: super::Config, root: &Path) -> Self {
         Self {
             directory: config.cni,
             template: config.cni_template,
             programs: config.cni_plugins,
             limit: Duration::from_secs(config.cni_timeout_seconds.into()),
-            cache: Cache::new(cache),
+            root: root.to_owned(),
+            cache: Cache::new(root.join("cni")),
+        }
+    }
+
+    /// Ends what plugins of an earlier server still do for pods whose namespaces are in
+    /// `namespaces`, before anything is asked of them anew. Blocks.
+    pub fn end_orphans(&self, namespaces: &Path) {
+        if !self.cache.sandboxes().is_empty() {
+            orphan::end(namespaces);
         }
     }
 
@@ -180,9 +192,11 @@ impl Cni {
         netns: &Path,
         pod: &cri::PodSandboxConfig,
     ) -> Result<Promise, NetworkError> {
-        let arguments = Arguments::of(sandbox, pod).map_err(CniError::Pod)?;
         let (this, id, netns) = (self.clone(), sandbox.to_owned(), netns.to_owned());
+        let pod = pod.clone();
         let mut attachment = blocking(move || {
+            let told = Pair::told(&this.root)?;
+            let arguments = Arguments::of(&id, &pod, told).map_err(CniError::Pod)?;
             let list = NetworkList::of_directory(&this.directory)?;
             warn_of_unheard(&list, &arguments);
             let attachment = Attachment {
@@ -190,7 +204,7 @@ impl Cni {
                 arguments,
                 netns,
                 result: Value::Null,
-                failures: 0,
+                failing_since: None,
                 broken: None,
             };
             // Before the first plugin: what it does is found again after a crash.
@@ -205,7 +219,7 @@ impl Cni {
             attachment.result = answer;
         }
         let network = attachment.list.name.clone();
-        let promise = Promise::read(&attachment.result).map_err(|why| CniError::Broken {
+        let mut promise = Promise::read(&attachment.result).map_err(|why| CniError::Broken {
             network: network.clone(),
             why: format!("the answer of the last plugin is wrong: {why}"),
         })?;
@@ -213,13 +227,14 @@ impl Cni {
             let why = "they give the pod no address".to_owned();
             return Err(CniError::Broken { network, why }.into());
         }
+        promise.sysctls = attachment.list.sysctls(POD_LINK);
         self.save(sandbox, attachment).await?;
         Ok(promise)
     }
 
     /// Calls every plugin in the reverse order, if the sandbox was attached; whether it was. All
-    /// are called; the first failure is told. Some failures later the attachment is forgotten, so
-    /// that a plugin that is gone keeps no pod from going.
+    /// are called; the first failure is told. When they have failed for as long as one call of a
+    /// plugin may take, the pod goes all the same, and the attachment is kept for [`Self::collect`].
     pub async fn detach(&self, sandbox: &str) -> Result<bool, NetworkError> {
         let Some(mut attachment) = self.load(sandbox).await? else {
             return Ok(false);
@@ -230,15 +245,21 @@ impl Cni {
             result = result.and(step.await.map(drop));
         }
         if let Err(error) = result {
-            attachment.failures += 1;
-            if attachment.failures < PATIENCE {
-                self.save(sandbox, attachment).await?;
+            let now = now();
+            // A clock that was set back begins anew.
+            let since = attachment.failing_since.filter(|since| *since <= now);
+            let since = since.unwrap_or(now);
+            attachment.failing_since = Some(since);
+            self.save(sandbox, attachment).await?;
+            if now - since < self.limit.as_secs() {
                 return Err(error.into());
             }
             tracing::error!(
-                sandbox, %error, failures = attachment.failures,
-                "the pod's network may have left something behind on this host"
+                sandbox, %error, seconds = now - since,
+                "the pod's network may have left something behind on this host, which is tried again \
+                 when the server starts"
             );
+            return Ok(true);
         }
         let (cache, sandbox) = (self.cache.clone(), sandbox.to_owned());
         blocking(move || cache.remove(&sandbox)).await?;
@@ -289,18 +310,26 @@ impl Cni {
     /// the log: a pod is not ended for them, since connections it has may go on, and since plugins
     /// are wrong at times (portmap 1.1.1 about every pod with ports of the host).
     pub async fn check_all(&self, sandboxes: &[String]) {
-        let mut waiting = sandboxes.iter().cloned();
+        self.each(sandboxes.to_vec(), |this, sandbox| async move {
+            if let Err(error) = this.check(&sandbox).await {
+                tracing::warn!(sandbox, %error, "a plugin finds that the pod's network is not what it was");
+            }
+        })
+        .await;
+    }
+
+    /// Does something to sandboxes, several at a time.
+    async fn each<F>(&self, sandboxes: Vec<String>, work: impl Fn(Self, String) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let mut waiting = sandboxes.into_iter();
         let mut running = tokio::task::JoinSet::new();
         loop {
-            while running.len() < CHECKS
+            while running.len() < TOGETHER
                 && let Some(sandbox) = waiting.next()
             {
-                let this = self.clone();
-                running.spawn(async move {
-                    if let Err(error) = this.check(&sandbox).await {
-                        tracing::warn!(sandbox, %error, "a plugin finds that the pod's network is not what it was");
-                    }
-                });
+                running.spawn(work(self.clone(), sandbox));
             }
             if running.join_next().await.is_none() {
                 return;
@@ -317,11 +346,12 @@ impl Cni {
             .unwrap_or_default()
             .into_iter()
             .partition(|sandbox| known.contains(sandbox));
-        for sandbox in left {
-            if let Err(error) = self.detach(&sandbox).await {
+        self.each(left, |this, sandbox| async move {
+            if let Err(error) = this.detach(&sandbox).await {
                 tracing::warn!(sandbox, %error, "a network that no pod has was not taken back");
             }
-        }
+        })
+        .await;
         let directory = self.directory.clone();
         let list = blocking(move || Ok(NetworkList::of_directory(&directory)?)).await;
         let Ok(list) = list else {
@@ -406,6 +436,12 @@ fn warn_of_unheard(list: &NetworkList, arguments: &Arguments) {
             );
         }
     }
+}
+
+/// Seconds since 1970, by a clock that goes on while no server runs.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
 }
 
 /// What one plugin of a list reads: its own part, and what the specification adds (section 3,

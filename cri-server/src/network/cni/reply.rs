@@ -19,6 +19,8 @@ pub struct Promise {
     pub addresses: Vec<(Address, Option<String>)>,
     /// How names are to be resolved, if the plugin says so.
     pub dns: Option<Dns>,
+    /// Names of the sysctls that plugins have set, with dots; they are not in the answer.
+    pub sysctls: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -98,6 +100,7 @@ impl Promise {
         let inside = reply.interfaces.into_iter();
         let inside = inside.filter(|interface| !interface.sandbox.is_empty());
         Ok(Self {
+            sysctls: Vec::new(),
             interfaces: inside.map(|interface| interface.name).collect(),
             addresses,
             dns: dns(reply.dns),

@@ -59,9 +59,7 @@ fn fill(value: &mut Value, networks: Pair) {
         Value::Array(values) => values.iter_mut().for_each(|value| fill(value, networks)),
         Value::String(text) => match text.as_str() {
             "$podCIDR" => *value = all().next().map(|(cidr, _)| cidr.clone()).into(),
-            "$podCIDRRanges" => {
-                *value = all().map(|(cidr, _)| json!([{"subnet": cidr}])).collect();
-            }
+            "$podCIDRRanges" => *value = networks.ranges(),
             "$routes" => *value = all().map(|(_, to)| json!({"dst": to})).collect(),
             _ => {}
         },
