@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -107,6 +107,11 @@ impl HostPort {
                 Some(text.parse().map_err(wrong)?)
             }
         };
+        if host == Some(Ipv6Addr::LOCALHOST.into()) {
+            let why =
+                "host_ip ::1 leads to no pod, for the kernel does not route it; take 127.0.0.1";
+            return Err(why.to_owned());
+        }
         Ok(Self {
             protocol: match mapping.protocol() {
                 cri::Protocol::Tcp => Protocol::Tcp,
@@ -319,6 +324,7 @@ mod tests {
             (mapping("", -1, 80), "host_port -1"),
             (mapping("", 80, 0), "container_port 0"),
             (mapping("localhost", 80, 80), "\"localhost\""),
+            (mapping("::1", 80, 80), "does not route it"),
         ] {
             let error = of(&[mapping]).unwrap_err();
             assert!(error.contains(why), "{error}");
