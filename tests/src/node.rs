@@ -4,8 +4,8 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -57,8 +57,8 @@ pub struct Node {
     programs: PathBuf,
     server: OnceLock<Server>,
     spoiled: AtomicBool,
-    /// The host's network before anything ran. The reference's plugins leave their bridge.
-    footprint: Option<Footprint>,
+    /// The host's network before anything ran.
+    footprint: Mutex<Footprint>,
     // Last, so that it goes after what lies in it.
     scratch: Scratch,
 }
@@ -87,10 +87,7 @@ impl Node {
         ensure!(rustix::process::geteuid().is_root(), "the suites need root");
         let scratch = Scratch::mount(suite, "size=75%")?;
         make_cgroup_parent()?;
-        let footprint = match runtime {
-            Runtime::Bulkhead => Some(Footprint::look()?),
-            Runtime::Reference => None,
-        };
+        let footprint = Mutex::new(Footprint::look()?);
         Ok(Self {
             registry: Registry::start(&assets.join("registry"), scratch.path())?,
             fake_registry: FakeRegistry::start()?,
@@ -184,27 +181,40 @@ impl Node {
         self.server.get().map_or(Ok(()), Server::remove_pods)
     }
 
-    /// Remembers that a case has failed, which may have left a server of its own with its pods.
+    /// Remembers that a case has failed, which may have left a server of its own with its pods: what
+    /// there is of them is told with the case.
     pub fn spoil(&self) {
         self.spoiled.store(true, Ordering::Relaxed);
+        let mut footprint = self
+            .footprint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = footprint.excuse() {
+            eprintln!("the host's network cannot be looked at: {error:#}");
+        }
     }
 
     /// Ends the server and checks that it leaves nothing that runs or is mounted, and the host's
-    /// network as it was. What a case that failed has left was told with it, and is no fault of
-    /// the end.
+    /// network as it was. What a case that failed has left was told with it, and is no fault of the
+    /// end. The reference's plugins leave their bridge; of them only the rules are compared.
     pub fn close(self) -> Result<()> {
         let Some(server) = self.server.into_inner() else {
             return Ok(());
         };
         let home = self.scratch.path().to_owned();
         server.stop()?;
+        let before = self
+            .footprint
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        match self.runtime {
+            Runtime::Bulkhead => before.expect_again()?,
+            Runtime::Reference => before.expect_of_plugins()?,
+        }
         if self.spoiled.into_inner() {
             return Ok(());
         }
         leak::expect_unused(&home)?;
-        if let Some(before) = self.footprint {
-            before.expect_again()?;
-        }
         remove_cgroup_parent()
     }
 }
