@@ -11,6 +11,7 @@ use bulkhead_cri_api::v1 as cri;
 use bulkhead_vmm_api::{Control, Launch, MAX_QUEUE_PAIRS, OpenDevice};
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
+use tracing::{Instrument, info_span};
 
 use super::host::{self, Host};
 use super::record::Record;
@@ -115,7 +116,8 @@ impl Ground<'_> {
         let queues = usize::from(size.vcpus).min(MAX_QUEUE_PAIRS);
         let config = &self.record.config;
         let joining = Instant::now();
-        let (network, taps) = self.host.network.set_up(&id, config, queues).await?;
+        let joined = self.host.network.set_up(&id, config, queues);
+        let (network, taps) = joined.instrument(info_span!("network")).await?;
         let network_us = microseconds(joining.elapsed());
 
         self.before(Step::Cgroup).await?;
@@ -132,7 +134,8 @@ impl Ground<'_> {
         let templates = self.host.templates();
         let path = self.host.scratch(&id);
         let bound = self.host.config.vm.scratch_mib;
-        let disk = blocking(move || Ok(scratch::make(&templates, &path, bound)?)).await?;
+        let disk = blocking(move || Ok(scratch::make(&templates, &path, bound)?));
+        let disk = disk.instrument(info_span!("scratch")).await?;
 
         self.record.memory_mib = Some(size.memory_mib);
         self.before(Step::Vmm).await?;
@@ -141,7 +144,8 @@ impl Ground<'_> {
         let (sender, streams) = mpsc::channel(vm::WAITING_STREAMS);
         let files = self.host.vm_files(&id);
         let launched = Instant::now();
-        let vm = Vm::launch(launch, files, bulkhead_agent_api::PORT, sender).await?;
+        let launching = Vm::launch(launch, files, bulkhead_agent_api::PORT, sender);
+        let vm = launching.instrument(info_span!("vmm")).await?;
         let guest = Arc::new(Guest::new(self.record.secret, false, streams));
         let mut live = Live {
             vm,
@@ -155,11 +159,13 @@ impl Ground<'_> {
             false => Stage::Kernel,
             true => Stage::Agent,
         };
-        let identity = live.or_died(greeting, stage).await?;
+        let greeted = live.or_died(greeting, stage);
+        let identity = greeted.instrument(info_span!("guest")).await?;
         let answered = Instant::now();
         let request = self.prepare(&network)?;
         let prepared = live.guest.prepare(request, limit);
-        live.or_died(prepared, || Stage::Prepare).await?;
+        let prepared = live.or_died(prepared, || Stage::Prepare);
+        prepared.instrument(info_span!("prepare")).await?;
         let phases = Phases {
             host_us: microseconds(launched - begun),
             network_us,

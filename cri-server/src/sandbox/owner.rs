@@ -8,6 +8,7 @@ use bulkhead_agent_api::v1;
 use bulkhead_cri_api::v1 as cri;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
+use tracing::Instrument;
 
 use super::boot::{Ground, Live};
 use super::host::{self, Host, new_id};
@@ -100,10 +101,12 @@ impl Owner {
         deadline: Deadline,
         reply: Answer<String>,
     ) -> Pod {
+        // The caller's, though the owner outlives the call.
+        let span = tracing::info_span!("boot", sandbox = %record.id);
         let (mut owner, pod) = Self::new(host, record, place);
         tokio::spawn(async move {
             let id = owner.record.id.clone();
-            match owner.boot(deadline).await {
+            match owner.boot(deadline).instrument(span).await {
                 Ok(()) => match reply.send(Ok(id.clone())) {
                     Ok(()) => owner.run().await,
                     Err(_) => {
