@@ -429,5 +429,14 @@ fn metrics_of_the_server_are_served(node: &Node) -> Result<()> {
     }
     ensure!(value("bulkhead_pods_memory_bytes")? > MIB as f64, "{text}");
     ensure!(value("bulkhead_images_bytes")? > MIB as f64, "{text}");
+    let log = server.log_tail();
+    let ready = log.lines().find(|line| line.contains("the guest is ready"));
+    let ready = ready.with_context(|| format!("no such line in\n{log}"))?;
+    let places = [
+        "call{method=\"RunPodSandbox\"}",
+        &format!("boot{{sandbox={}}}", pod.id),
+        "guest_us=",
+    ];
+    ensure!(places.iter().all(|place| ready.contains(place)), "{ready}");
     server.stop()
 }
