@@ -30,8 +30,7 @@ const CAPABILITIES: [(Cap, &str); 10] = [
 ];
 
 /// Tools that are called, and the Debian packages that bring them.
-const TOOLS: [(&str, &str, &str); 3] = [
-    ("mkfs.erofs", "erofs-utils", "makes the disks of images"),
+const TOOLS: [(&str, &str, &str); 2] = [
     ("mke2fs", "e2fsprogs", "makes the pods' scratch disks"),
     ("nft", "nftables", "translates the pods' addresses"),
 ];

@@ -107,24 +107,6 @@ pub enum ImageError {
         /// Why it failed.
         source: io::Error,
     },
-    /// A program this needs is not installed.
-    #[error("cannot run {program}: it is not installed; install the package `{package}`")]
-    MissingProgram {
-        /// The program.
-        program: &'static str,
-        /// The Debian package that has it.
-        package: &'static str,
-    },
-    /// A program failed.
-    #[error("{program} could not make the disk of image {id}: {reason}")]
-    Program {
-        /// The program.
-        program: &'static str,
-        /// The image.
-        id: String,
-        /// Its exit and the end of what it wrote.
-        reason: String,
-    },
     /// Another process has the store open.
     #[error("the image store {} is in use by another process", .0.display())]
     InUse(PathBuf),

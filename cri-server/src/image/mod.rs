@@ -1,11 +1,12 @@
 //! Images: names, registries, and the store that makes one disk of each image.
 //!
 //! [`ImageStore`] is the entry. An image is hostile input: its bytes are verified by digest,
-//! its layers are unpacked inside a directory they cannot leave, and nothing in it chooses a
+//! its layers are laid on top of each other in memory, and nothing in it chooses a
 //! path, a device or an option of a virtual machine.
 
 mod archive;
 mod auth;
+mod bodies;
 mod catalogue;
 mod digest;
 mod disk;
@@ -13,7 +14,6 @@ mod error;
 mod index;
 mod layer;
 mod manifest;
-mod node;
 mod progress;
 mod pull;
 mod reference;

@@ -24,8 +24,6 @@ use super::{Image, ImageId};
 const LAYERS_AT_A_TIME: usize = 3;
 /// An index may lead to an index (OCI image-spec `image-index.md`), but not for ever.
 const INDEXES_MAX: usize = 2;
-/// How long the program that writes a disk may take.
-const DISK_TIME: std::time::Duration = std::time::Duration::from_secs(15 * 60);
 
 static NEXT_TEMPORARY: AtomicU64 = AtomicU64::new(0);
 
@@ -270,7 +268,6 @@ impl Pull {
             scratch: self.store.layout.temporary(&temporary(id.digest())),
             limits: limits.tree(),
             stream_limit: limits.unpacked,
-            time: DISK_TIME,
         };
         disk::make(recipe, self.progress.as_ref()).await
     }

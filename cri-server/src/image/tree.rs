@@ -1,31 +1,29 @@
-//! Lays layers on top of each other in a directory (OCI image-spec `layer.md`, "Applying
-//! Changesets").
+//! Lays layers on top of each other (OCI image-spec `layer.md`, "Applying Changesets").
 //!
-//! A layer is hostile. Every path of it is resolved by the kernel with the tree as its root
-//! (`openat2` with `RESOLVE_IN_ROOT`), so neither `..`, absolute names, symbolic links nor links
-//! planted by an earlier layer lead out of the tree; the last component of a path is never
-//! followed. Sizes, counts and depths are bounded by [`TreeLimits`].
+//! A layer is hostile. The tree is in memory, so that nothing of it can lead to a file of the host;
+//! links are followed from the tree's own root, as a process that has it as its root would, and the
+//! last component of a path is never followed. Sizes, counts and depths are bounded by
+//! [`TreeLimits`].
 
 mod member;
 mod path;
 
-use std::collections::{HashMap, HashSet};
-use std::ffi::CStr;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use rustix::fs::{self, AtFlags, Mode, OFlags};
-use rustix::io::Errno;
+use bulkhead_erofs::{Content, Node, NodeId};
 
 use super::archive::{Archive, ArchiveError, Kind, Member};
-use super::node::{entries, is_directory, open_directory, timestamps};
-use path::{c_name, components};
+use super::bodies::Bodies;
+use path::components;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Names of AUFS's own bookkeeping start so; they are not part of the image.
 const AUFS: &[u8] = b".wh..wh.";
+/// The tree's own root.
+const ROOT: NodeId = 0;
 
 /// How much an image may unpack to.
 #[derive(Clone, Copy, Debug)]
@@ -47,64 +45,57 @@ pub(super) enum TreeError {
     Refused(String),
     #[error("{0}")]
     TooLarge(String),
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
 }
 
-struct Directory {
+/// Where a directory is.
+#[derive(Clone, Copy)]
+struct Home {
+    parent: NodeId,
+    /// Directories above it.
     depth: u32,
-    mtime: i64,
 }
 
 /// A directory tree made of layers.
 pub(super) struct Tree {
-    path: PathBuf,
-    root: OwnedFd,
+    files: bulkhead_erofs::Tree,
+    homes: HashMap<NodeId, Home>,
     limits: TreeLimits,
     bytes: u64,
     members: u64,
-    /// All directories, by inode.
-    directories: HashMap<u64, Directory>,
     /// What the layer being applied has put into place, by directory and name: whiteouts are
     /// about lower layers only, wherever in the archive they stand.
-    fresh: HashSet<(u64, Vec<u8>)>,
+    fresh: HashSet<(NodeId, Vec<u8>)>,
 }
 
 impl Tree {
-    /// An empty tree in the empty directory `path`.
-    pub fn new(path: &Path, limits: TreeLimits) -> Result<Tree, TreeError> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = fs::open(path, flags, Mode::empty()).map_err(|errno| TreeError::Io {
-            action: "open",
-            path: path.to_path_buf(),
-            source: errno.into(),
-        })?;
-        let mut tree = Tree {
-            path: path.to_path_buf(),
-            root,
+    /// An empty tree.
+    pub fn new(limits: TreeLimits) -> Tree {
+        let root = Home {
+            parent: ROOT,
+            depth: 0,
+        };
+        Tree {
+            files: bulkhead_erofs::Tree {
+                nodes: vec![directory()],
+            },
+            homes: HashMap::from([(ROOT, root)]),
             limits,
             bytes: 0,
             members: 0,
-            directories: HashMap::new(),
             fresh: HashSet::new(),
-        };
-        fs::fchmod(&tree.root, Mode::from_raw_mode(0o755))
-            .map_err(|errno| tree.io("set the mode of", b"", errno))?;
-        let inode = fs::fstat(&tree.root)
-            .map_err(|errno| tree.io("look at", b"", errno))?
-            .st_ino;
-        tree.directories
-            .insert(inode, Directory { depth: 0, mtime: 0 });
-        Ok(tree)
+        }
     }
 
-    /// Applies one layer, given as a tar stream, and returns the reader at its end. `stop` is
-    /// asked before each member.
-    pub fn apply<R: Read>(&mut self, layer: R, stop: &dyn Fn() -> bool) -> Result<R, TreeError> {
+    /// Applies one layer, given as a tar stream, and returns the reader at its end. What its files
+    /// contain goes to `bodies`. `stop` is asked before each member.
+    pub fn apply<R: Read>(
+        &mut self,
+        layer: R,
+        bodies: &mut Bodies,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<R, TreeError> {
         self.fresh.clear();
         let mut archive = Archive::new(layer);
         while let Some(member) = archive.next_member()? {
@@ -118,69 +109,46 @@ impl Tree {
                     self.limits.members
                 )));
             }
-            self.place(&member, &mut archive)?;
+            self.place(&member, &mut archive, bodies)?;
         }
         Ok(archive.finish()?)
     }
 
-    /// Ends the tree: directories get the times their layers gave them.
-    pub fn finish(self) -> Result<(), TreeError> {
-        let root = self.root.try_clone().map_err(|source| TreeError::Io {
-            action: "open",
-            path: self.path.clone(),
-            source,
-        })?;
-        self.set_times(root)
-    }
-
-    fn set_times(&self, directory: OwnedFd) -> Result<(), TreeError> {
-        let failed = |errno| self.io("set the times in", b"", errno);
-        for name in entries(directory.as_fd()).map_err(failed)? {
-            if is_directory(directory.as_fd(), &name).map_err(failed)? {
-                self.set_times(open_directory(directory.as_fd(), &name).map_err(failed)?)?;
-            }
-        }
-        let inode = fs::fstat(&directory).map_err(failed)?.st_ino;
-        let mtime = self
-            .directories
-            .get(&inode)
-            .map_or(0, |directory| directory.mtime);
-        fs::futimens(&directory, &timestamps(mtime)).map_err(failed)
+    /// What all layers together are.
+    pub fn finish(self) -> bulkhead_erofs::Tree {
+        self.files
     }
 
     fn place<R: Read>(
         &mut self,
         member: &Member,
         archive: &mut Archive<R>,
+        bodies: &mut Bodies,
     ) -> Result<(), TreeError> {
         let components = components(&member.path)?;
-        let Some((name, parents)) = components.split_last() else {
+        let Some((&name, parents)) = components.split_last() else {
             return self.place_root(member);
         };
-        let name: &[u8] = name;
         if name == OPAQUE {
-            return match self.find(parents, &member.path)? {
-                Some(directory) => self.clear_lower(directory.as_fd(), &member.path),
-                None => Ok(()),
-            };
+            if let Some(directory) = self.find(parents, &member.path)? {
+                self.clear_lower(directory);
+            }
+            return Ok(());
         }
         if name.starts_with(AUFS) {
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
-            let hidden = c_name(hidden, &member.path)?;
-            return match self.find(parents, &member.path)? {
-                Some(directory) => self.remove_lower(directory.as_fd(), &hidden, &member.path),
-                None => Ok(()),
-            };
+            path::check_name(hidden, &member.path)?;
+            if let Some(directory) = self.find(parents, &member.path)? {
+                self.remove_lower(directory, hidden);
+            }
+            return Ok(());
         }
+        path::check_name(name, &member.path)?;
         let parent = self.parent(parents, &member.path)?;
-        let parent_inode = fs::fstat(&parent)
-            .map_err(|errno| self.io("look at the directory of", &member.path, errno))?
-            .st_ino;
-        let c_name = c_name(name, &member.path)?;
-        self.create(member, archive, parent.as_fd(), parent_inode, &c_name)?;
-        self.fresh.insert((parent_inode, name.to_vec()));
+        self.create(member, archive, bodies, parent, name)?;
+        self.fresh.insert((parent, name.to_vec()));
         Ok(())
     }
 
@@ -191,65 +159,86 @@ impl Tree {
                 "its root is not a proper directory".to_string(),
             ));
         }
-        let root = self.root.try_clone().map_err(|source| TreeError::Io {
-            action: "open",
-            path: self.path.clone(),
-            source,
-        })?;
-        self.adorn_directory(root.as_fd(), member, 0)
+        self.adorn(ROOT, member)
     }
 
     /// Removes `name` as lower layers left it; what this layer put there stays.
-    fn remove_lower(
-        &self,
-        directory: BorrowedFd<'_>,
-        name: &CStr,
-        path: &[u8],
-    ) -> Result<(), TreeError> {
-        let failed = |errno| self.io("apply the whiteout", path, errno);
-        let inode = fs::fstat(directory).map_err(failed)?.st_ino;
-        let fresh = self.fresh.contains(&(inode, name.to_bytes().to_vec()));
-        let subtree = match is_directory(directory, name) {
-            Ok(subtree) => subtree,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(failed(errno)),
+    fn remove_lower(&mut self, directory: NodeId, name: &[u8]) {
+        let Some(child) = self.child(directory, name) else {
+            return;
         };
-        if subtree {
-            self.clear_lower(
-                open_directory(directory, name).map_err(failed)?.as_fd(),
-                path,
-            )?;
+        if self.entries(child).is_some() {
+            self.clear_lower(child);
         }
-        if fresh {
-            return Ok(());
-        }
-        let flags = if subtree {
-            AtFlags::REMOVEDIR
-        } else {
-            AtFlags::empty()
-        };
-        match fs::unlinkat(directory, name, flags) {
-            Ok(()) | Err(Errno::NOTEMPTY) => Ok(()),
-            Err(errno) => Err(failed(errno)),
+        let emptied = self.entries(child).is_none_or(BTreeMap::is_empty);
+        if emptied
+            && !self.fresh.contains(&(directory, name.to_vec()))
+            && let Some(entries) = self.entries_mut(directory)
+        {
+            entries.remove(name);
         }
     }
 
-    fn clear_lower(&self, directory: BorrowedFd<'_>, path: &[u8]) -> Result<(), TreeError> {
-        let names =
-            entries(directory).map_err(|errno| self.io("apply the whiteout", path, errno))?;
-        names
-            .iter()
-            .try_for_each(|name| self.remove_lower(directory, name, path))
+    /// No deeper than the tree, which is bounded.
+    fn clear_lower(&mut self, directory: NodeId) {
+        let names: Vec<Vec<u8>> = self
+            .entries(directory)
+            .into_iter()
+            .flat_map(BTreeMap::keys)
+            .cloned()
+            .collect();
+        for name in names {
+            self.remove_lower(directory, &name);
+        }
     }
 
-    fn io(&self, action: &'static str, path: &[u8], errno: Errno) -> TreeError {
-        use std::os::unix::ffi::OsStrExt;
-        let relative = path.trim_ascii_start();
-        let relative = relative.strip_prefix(b"/").unwrap_or(relative);
-        TreeError::Io {
-            action,
-            path: self.path.join(std::ffi::OsStr::from_bytes(relative)),
-            source: errno.into(),
+    fn content(&self, node: NodeId) -> Option<&Content> {
+        self.files.nodes.get(node).map(|node| &node.content)
+    }
+
+    /// What a directory names; `None` of what is none.
+    fn entries(&self, node: NodeId) -> Option<&BTreeMap<Vec<u8>, NodeId>> {
+        match self.content(node) {
+            Some(Content::Directory(entries)) => Some(entries),
+            _ => None,
         }
+    }
+
+    fn child(&self, directory: NodeId, name: &[u8]) -> Option<NodeId> {
+        self.entries(directory)?.get(name).copied()
+    }
+
+    fn entries_mut(&mut self, node: NodeId) -> Option<&mut BTreeMap<Vec<u8>, NodeId>> {
+        match self.files.nodes.get_mut(node).map(|node| &mut node.content) {
+            Some(Content::Directory(entries)) => Some(entries),
+            _ => None,
+        }
+    }
+
+    /// Makes a node and puts it into a directory, in place of what has the name there.
+    fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> NodeId {
+        let id = self.files.nodes.len();
+        self.files.nodes.push(node);
+        self.link(directory, name, id);
+        id
+    }
+
+    fn link(&mut self, directory: NodeId, name: &[u8], node: NodeId) {
+        if let Some(entries) = self.entries_mut(directory) {
+            entries.insert(name.to_vec(), node);
+        }
+    }
+}
+
+/// A directory that no member has described.
+fn directory() -> Node {
+    Node {
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        mtime: 0,
+        mtime_nanoseconds: 0,
+        xattrs: BTreeMap::new(),
+        content: Content::Directory(BTreeMap::new()),
     }
 }

@@ -140,11 +140,10 @@ pub fn status(error: &ImageError) -> Status {
         ImageError::Corrupt { .. } => Code::DataLoss,
         ImageError::Unsupported { .. }
         | ImageError::BadLayer { .. }
-        | ImageError::MissingProgram { .. }
         | ImageError::InUse(_)
         | ImageError::Configuration { .. } => Code::FailedPrecondition,
         ImageError::TooLarge { .. } | ImageError::DiskFull { .. } => Code::ResourceExhausted,
-        ImageError::Io { .. } | ImageError::Program { .. } => Code::Internal,
+        ImageError::Io { .. } => Code::Internal,
     };
     Status::new(code, error.to_string())
 }

@@ -3,10 +3,12 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 
 use tar::EntryType;
 
 use super::bed::LayerBuilder;
+use crate::image::bodies::Bodies;
 use crate::image::tree::{Tree, TreeError, TreeLimits};
 
 const LIMITS: TreeLimits = TreeLimits {
@@ -15,29 +17,46 @@ const LIMITS: TreeLimits = TreeLimits {
     depth: 32,
 };
 
-fn unpack(path: &Path, layers: Vec<LayerBuilder>) -> Result<(), TreeError> {
-    let mut tree = Tree::new(path, LIMITS)?;
-    for layer in layers {
-        tree.apply(layer.tar().as_slice(), &|| false)?;
+/// A directory with the tree mounted at `root`, until dropped.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn path(&self) -> &Path {
+        self.0.path()
     }
-    tree.finish()
 }
 
-/// Unpacks below a directory with a neighbour that must stay as it is.
-fn unpacked(layers: Vec<LayerBuilder>) -> (tempfile::TempDir, Result<(), TreeError>) {
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Nothing is mounted of a tree that was refused.
+        let root = self.path().join("root");
+        rustix::mount::unmount(root, rustix::mount::UnmountFlags::DETACH).ok();
+    }
+}
+
+fn unpack(path: &Path, layers: Vec<LayerBuilder>) -> Result<(), TreeError> {
+    let (disk, root) = (path.join("disk"), path.join("root"));
+    let mut bodies = Bodies::create(&disk).unwrap();
+    let mut tree = Tree::new(LIMITS);
+    for layer in layers {
+        tree.apply(layer.tar().as_slice(), &mut bodies, &|| false)?;
+    }
+    let length = bodies.finish(&tree.finish(), [7; 16]).unwrap();
+    assert_eq!(fs::metadata(&disk).unwrap().len(), length);
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "erofs", "-o", "loop,ro"]).arg(disk);
+    let output = mount.arg(root).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words}");
+    Ok(())
+}
+
+/// Mounts what the layers make. The kernel reads it; needs root and EROFS.
+fn unpacked(layers: Vec<LayerBuilder>) -> (Mounted, Result<(), TreeError>) {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("root")).unwrap();
-    fs::create_dir(directory.path().join("outside")).unwrap();
-    fs::write(directory.path().join("outside/secret"), "host").unwrap();
-    let result = unpack(&directory.path().join("root"), layers);
-    let outside: Vec<_> = fs::read_dir(directory.path().join("outside"))
-        .unwrap()
-        .collect();
-    assert_eq!(outside.len(), 1, "the host's directory was touched");
-    let secret = directory.path().join("outside/secret");
-    assert_eq!(fs::read_to_string(&secret).unwrap(), "host");
-    assert_eq!(fs::metadata(&secret).unwrap().nlink(), 1);
-    (directory, result)
+    let result = unpack(directory.path(), layers);
+    (Mounted(directory), result)
 }
 
 fn names(path: &Path) -> Vec<String> {

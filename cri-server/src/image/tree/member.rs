@@ -1,16 +1,22 @@
 //! What a member of an archive becomes in the tree.
 
-use std::ffi::{CStr, CString};
+use std::collections::BTreeMap;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
-use rustix::io::Errno;
+use bulkhead_erofs::{Content, Device, Node, NodeId};
 
-use super::path::{c_name, components};
-use super::{Directory, Tree, TreeError};
+use super::path::{check_name, components};
+use super::{Tree, TreeError};
 use crate::image::archive::{Archive, Kind, Member};
-use crate::image::node::{keeps_xattr, make_node, open_directory, owner, remove_all, timestamps};
+use crate::image::bodies::Bodies;
+
+const ACCESS: &[u8] = b"system.posix_acl_access";
+const DEFAULT: &[u8] = b"system.posix_acl_default";
+/// The longest target of a symbolic link in Linux, in bytes.
+const TARGET_MAX: usize = 4095;
+/// The version of ACLs, which stands in front of entries of 8 bytes (kernel:
+/// include/uapi/linux/posix_acl_xattr.h).
+const ACL_VERSION: [u8; 4] = 2_u32.to_le_bytes();
 
 impl Tree {
     /// Puts a member into its directory, in place of what is there.
@@ -18,81 +24,59 @@ impl Tree {
         &mut self,
         member: &Member,
         archive: &mut Archive<R>,
-        parent: BorrowedFd<'_>,
-        parent_inode: u64,
-        name: &CStr,
+        bodies: &mut Bodies,
+        parent: NodeId,
+        name: &[u8],
     ) -> Result<(), TreeError> {
         let path = &member.path;
-        let target = match &member.kind {
-            Kind::HardLink(target) => Some(self.link_target(target, path)?),
-            _ => None,
-        };
+        let refused = |why: &str| TreeError::Refused(format!("`{}` {why}", path.escape_ascii()));
         if member.uid == u32::MAX || member.gid == u32::MAX {
-            return Err(TreeError::Refused(format!(
-                "`{}` has an owner out of range",
-                path.escape_ascii()
-            )));
+            return Err(refused("has an owner out of range"));
         }
-        let existing = match fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Some(stat),
-            Err(Errno::NOENT) => None,
-            Err(errno) => return Err(self.io("look at", path, errno)),
+        let device = |major: u32, minor: u32| {
+            let fits = major < 1 << 12 && minor < 1 << 20;
+            fits.then_some(Device { major, minor })
+                .ok_or_else(|| refused("is a device whose number is out of range"))
         };
-        if let Some(stat) = &existing {
-            let stays = FileType::from_raw_mode(stat.st_mode) == FileType::Directory
-                && member.kind == Kind::Directory;
-            // A link to itself, under another spelling, must not remove what it is to link to.
-            let same = target.as_ref().is_some_and(|(directory, target_name)| {
-                fs::statat(directory, target_name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|target| {
-                    (target.st_dev, target.st_ino) == (stat.st_dev, stat.st_ino)
-                })
-            });
-            if same {
+        let content = match &member.kind {
+            Kind::Directory => {
+                let node = match self.child(parent, name) {
+                    Some(there) if self.entries(there).is_some() => there,
+                    _ => self.make_directory(parent, name, path)?,
+                };
+                return self.adorn(node, member);
+            }
+            Kind::HardLink(target) => {
+                let target = self.link_target(target, path)?;
+                self.link(parent, name, target);
                 return Ok(());
             }
-            if !stays {
-                remove_all(parent, name).map_err(|errno| self.io("replace", path, errno))?;
+            Kind::File => self.body(member, archive, bodies)?,
+            Kind::Symlink(target) if target.is_empty() || target.len() > TARGET_MAX => {
+                return Err(refused(
+                    "is a symbolic link whose target is empty or too long",
+                ));
             }
-        }
-        match &member.kind {
-            Kind::Directory => return self.create_directory(member, parent, parent_inode, name),
-            Kind::File => return self.create_file(member, archive, parent, name),
-            Kind::HardLink(_) => {
-                let Some((directory, target_name)) = target else {
-                    return Ok(());
-                };
-                return fs::linkat(directory, &target_name, parent, name, AtFlags::empty())
-                    .map_err(|errno| match errno {
-                        Errno::NOENT | Errno::PERM => TreeError::Refused(format!(
-                            "the hard link `{}` does not lead to a file of the image",
-                            path.escape_ascii()
-                        )),
-                        errno => self.io("link", path, errno),
-                    });
-            }
-            Kind::Symlink(target) => {
-                if target.is_empty() {
-                    return Err(TreeError::Refused(format!(
-                        "the symbolic link `{}` is empty",
-                        path.escape_ascii()
-                    )));
-                }
-                fs::symlinkat(target.as_slice(), parent, name)
-            }
+            Kind::Symlink(target) => Content::Symlink(target.clone()),
             Kind::CharacterDevice { major, minor } => {
-                make_node(parent, name, FileType::CharacterDevice, *major, *minor)
+                Content::CharacterDevice(device(*major, *minor)?)
             }
-            Kind::BlockDevice { major, minor } => {
-                make_node(parent, name, FileType::BlockDevice, *major, *minor)
-            }
-            Kind::Fifo => make_node(parent, name, FileType::Fifo, 0, 0),
-        }
-        .map_err(|errno| self.io("create", path, errno))?;
-        self.adorn_at(member, parent, name)
+            Kind::BlockDevice { major, minor } => Content::BlockDevice(device(*major, *minor)?),
+            Kind::Fifo => Content::Fifo,
+        };
+        let node = self.add(
+            parent,
+            name,
+            Node {
+                content,
+                ..super::directory()
+            },
+        );
+        self.adorn(node, member)
     }
 
-    /// The directory and the name a hard link's target has in the tree.
-    fn link_target(&self, target: &[u8], path: &[u8]) -> Result<(OwnedFd, CString), TreeError> {
+    /// What a hard link leads to.
+    fn link_target(&self, target: &[u8], path: &[u8]) -> Result<NodeId, TreeError> {
         let nowhere = || {
             TreeError::Refused(format!(
                 "the hard link `{}` does not lead to a file of the image",
@@ -101,61 +85,19 @@ impl Tree {
         };
         let components = components(target)?;
         let (name, parents) = components.split_last().ok_or_else(nowhere)?;
+        check_name(name, target)?;
         let directory = self.find(parents, target)?.ok_or_else(nowhere)?;
-        let name = c_name(name, target)?;
-        match fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Directory => {
-                Ok((directory, name))
-            }
-            _ => Err(nowhere()),
-        }
+        self.child(directory, name)
+            .filter(|found| self.entries(*found).is_none())
+            .ok_or_else(nowhere)
     }
 
-    fn create_directory(
-        &mut self,
-        member: &Member,
-        parent: BorrowedFd<'_>,
-        parent_inode: u64,
-        name: &CStr,
-    ) -> Result<(), TreeError> {
-        let depth = self.depth_below(parent_inode, &member.path)?;
-        match fs::mkdirat(parent, name, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(self.io("create", &member.path, errno)),
-        }
-        let directory =
-            open_directory(parent, name).map_err(|errno| self.io("open", &member.path, errno))?;
-        self.adorn_directory(directory.as_fd(), member, depth)
-    }
-
-    /// Gives a directory what its member says of it, and notes it as `depth` deep.
-    pub(super) fn adorn_directory(
-        &mut self,
-        directory: BorrowedFd<'_>,
-        member: &Member,
-        depth: u32,
-    ) -> Result<(), TreeError> {
-        self.adorn(member, directory)?;
-        let inode = fs::fstat(directory)
-            .map_err(|errno| self.io("look at", &member.path, errno))?
-            .st_ino;
-        self.directories.insert(
-            inode,
-            Directory {
-                depth,
-                mtime: member.mtime,
-            },
-        );
-        Ok(())
-    }
-
-    fn create_file<R: Read>(
+    fn body<R: Read>(
         &mut self,
         member: &Member,
         archive: &mut Archive<R>,
-        parent: BorrowedFd<'_>,
-        name: &CStr,
-    ) -> Result<(), TreeError> {
+        bodies: &mut Bodies,
+    ) -> Result<Content, TreeError> {
         self.bytes = self.bytes.saturating_add(member.size);
         if self.bytes > self.limits.bytes {
             return Err(TreeError::TooLarge(format!(
@@ -163,71 +105,49 @@ impl Tree {
                 self.limits.bytes
             )));
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let file = fs::openat(
-            parent,
-            name,
-            flags | OFlags::CLOEXEC,
-            Mode::RUSR | Mode::WUSR,
-        )
-        .map_err(|errno| self.io("create", &member.path, errno))?;
-        let mut buffer = vec![0u8; 64 << 10];
-        loop {
-            let read = archive.read(&mut buffer)?;
-            let Some(mut rest) = buffer.get(..read).filter(|part| !part.is_empty()) else {
-                break;
-            };
-            while !rest.is_empty() {
-                let written = rustix::io::write(&file, rest)
-                    .map_err(|errno| self.io("write", &member.path, errno))?;
-                rest = rest.get(written..).unwrap_or_default();
-            }
-        }
-        self.adorn(member, file.as_fd())?;
-        fs::futimens(&file, &timestamps(member.mtime))
-            .map_err(|errno| self.io("set the times of", &member.path, errno))
+        bodies.take(member.size, archive)
     }
 
-    /// Owner, mode and attributes of a file or directory. In this order: a change of owner
-    /// clears setuid and capabilities, and an ACL refines the mode.
-    fn adorn(&self, member: &Member, node: BorrowedFd<'_>) -> Result<(), TreeError> {
-        let failed = |errno| self.io("set the owner and mode of", &member.path, errno);
-        let (uid, gid) = owner(member);
-        fs::fchown(node, uid, gid).map_err(failed)?;
-        fs::fchmod(node, Mode::from_raw_mode(member.mode)).map_err(failed)?;
-        for (name, value) in member.xattrs.iter().filter(|(name, _)| keeps_xattr(name)) {
-            fs::fsetxattr(node, name.as_slice(), value, XattrFlags::empty())
-                .map_err(|errno| self.io("set the attributes of", &member.path, errno))?;
+    /// Gives a node what its member says of it.
+    pub(super) fn adorn(&mut self, node: NodeId, member: &Member) -> Result<(), TreeError> {
+        let Some(node) = self.files.nodes.get_mut(node) else {
+            return Ok(());
+        };
+        let is_directory = matches!(node.content, Content::Directory(_));
+        let has_xattrs =
+            is_directory || matches!(node.content, Content::Small { .. } | Content::Large { .. });
+        node.xattrs = BTreeMap::new();
+        for (name, value) in member.xattrs.iter().filter(|_| has_xattrs) {
+            if !keeps_xattr(name) {
+                continue;
+            }
+            let is_acl = name == ACCESS || name == DEFAULT;
+            let entries = value.strip_prefix(&ACL_VERSION);
+            let whole = entries.is_some_and(|entries| entries.len() % 8 == 0);
+            if is_acl && !whole || name == DEFAULT && !is_directory {
+                return Err(TreeError::Refused(format!(
+                    "`{}` has an ACL that is none",
+                    member.path.escape_ascii()
+                )));
+            }
+            node.xattrs.insert(name.clone(), value.clone());
         }
+        // Links have no mode of their own.
+        node.mode = match node.content {
+            Content::Symlink(_) => 0o777,
+            _ => (member.mode & 0o7777) as u16,
+        };
+        (node.uid, node.gid) = (member.uid, member.gid);
+        node.mtime = member.mtime;
         Ok(())
     }
+}
 
-    /// Owner, mode and time of what cannot be opened: links, devices, pipes.
-    fn adorn_at(
-        &self,
-        member: &Member,
-        parent: BorrowedFd<'_>,
-        name: &CStr,
-    ) -> Result<(), TreeError> {
-        let failed = |errno| self.io("set the owner and mode of", &member.path, errno);
-        let (uid, gid) = owner(member);
-        fs::chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
-        if !matches!(member.kind, Kind::Symlink(_)) {
-            // The name was created here a moment ago and nobody else writes to the tree.
-            fs::chmodat(
-                parent,
-                name,
-                Mode::from_raw_mode(member.mode),
-                AtFlags::empty(),
-            )
-            .map_err(failed)?;
-        }
-        fs::utimensat(
-            parent,
-            name,
-            &timestamps(member.mtime),
-            AtFlags::SYMLINK_NOFOLLOW,
-        )
-        .map_err(failed)
-    }
+/// File capabilities, ACLs and users' own attributes are part of an image. Labels are the
+/// host's, and overlay's attributes would steer the overlay the image is put under.
+fn keeps_xattr(name: &[u8]) -> bool {
+    name == b"security.capability"
+        || name == ACCESS
+        || name == DEFAULT
+        || (name.starts_with(b"user.") && !name.starts_with(b"user.overlay."))
 }

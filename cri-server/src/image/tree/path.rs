@@ -1,18 +1,19 @@
 //! Paths of members, resolved inside the tree.
 
-use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use bulkhead_erofs::{Content, NodeId};
 
-use rustix::fs::{self, Mode, OFlags, ResolveFlags};
-use rustix::io::Errno;
-
-use super::{Directory, Tree, TreeError};
-use crate::image::node::open_directory;
+use super::{Home, ROOT, Tree, TreeError, directory};
 
 /// The longest name of a file in Linux, in bytes.
 const NAME_MAX: usize = 255;
-/// How often the kernel may ask for another try.
-const RESOLVE_ATTEMPTS: u32 = 1000;
+/// How many links Linux follows in one path (kernel: include/linux/namei.h, `MAXSYMLINKS`).
+const LINKS_MAX: u32 = 40;
+
+/// Why a path leads nowhere.
+enum Lost {
+    Missing,
+    Loop,
+}
 
 impl Tree {
     /// The directory at `components`, or `None` if there is none.
@@ -20,15 +21,14 @@ impl Tree {
         &self,
         components: &[&[u8]],
         path: &[u8],
-    ) -> Result<Option<OwnedFd>, TreeError> {
+    ) -> Result<Option<NodeId>, TreeError> {
         match self.resolve(components) {
             Ok(directory) => Ok(Some(directory)),
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-            Err(Errno::LOOP) => Err(TreeError::Refused(format!(
+            Err(Lost::Missing) => Ok(None),
+            Err(Lost::Loop) => Err(TreeError::Refused(format!(
                 "the path `{}` leads through a loop of symbolic links",
                 path.escape_ascii()
             ))),
-            Err(errno) => Err(self.io("open the directory of", path, errno)),
         }
     }
 
@@ -37,19 +37,11 @@ impl Tree {
         &mut self,
         components: &[&[u8]],
         path: &[u8],
-    ) -> Result<OwnedFd, TreeError> {
+    ) -> Result<NodeId, TreeError> {
+        let mut parent = ROOT;
         if let Some(directory) = self.find(components, path)? {
             return Ok(directory);
         }
-        let blocked = || {
-            TreeError::Refused(format!(
-                "the path `{}` leads through something that is not a directory",
-                path.escape_ascii()
-            ))
-        };
-        let mut parent = self
-            .resolve(&[])
-            .map_err(|errno| self.io("open", b"", errno))?;
         for length in 1..=components.len() {
             let prefix = components.get(..length).unwrap_or_default();
             let Some(name) = prefix.last() else { break };
@@ -57,61 +49,26 @@ impl Tree {
                 parent = directory;
                 continue;
             }
-            let inode = fs::fstat(&parent)
-                .map_err(|errno| self.io("look at", path, errno))?
-                .st_ino;
-            let depth = self.depth_below(inode, path)?;
-            let name = c_name(name, path)?;
-            match fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)) {
-                Ok(()) => {}
-                Err(Errno::EXIST) => return Err(blocked()),
-                Err(errno) => return Err(self.io("create a directory of", path, errno)),
+            check_name(name, path)?;
+            if self.child(parent, name).is_some() {
+                return Err(TreeError::Refused(format!(
+                    "the path `{}` leads through something that is not a directory",
+                    path.escape_ascii()
+                )));
             }
-            parent = open_directory(parent.as_fd(), &name)
-                .map_err(|errno| self.io("open", path, errno))?;
-            // The process's umask must not shape the image.
-            fs::fchmod(&parent, Mode::from_raw_mode(0o755))
-                .map_err(|errno| self.io("set the mode of", path, errno))?;
-            let made = fs::fstat(&parent)
-                .map_err(|errno| self.io("look at", path, errno))?
-                .st_ino;
-            self.directories.insert(made, Directory { depth, mtime: 0 });
+            parent = self.make_directory(parent, name, path)?;
         }
         Ok(parent)
     }
 
-    fn resolve(&self, components: &[&[u8]]) -> Result<OwnedFd, Errno> {
-        let path = if components.is_empty() {
-            b".".to_vec()
-        } else {
-            components.join(&b'/')
-        };
-        let mut attempts = 0;
-        loop {
-            let opened = fs::openat2(
-                &self.root,
-                path.as_slice(),
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-                ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV,
-            );
-            attempts += 1;
-            match opened {
-                // A link with `..` in it was resolved while something, anywhere on the machine,
-                // was renamed or mounted: the kernel asks for another try.
-                Err(Errno::AGAIN) if attempts < RESOLVE_ATTEMPTS => {}
-                result => return result,
-            }
-        }
-    }
-
-    /// How deep a directory in that of the inode is; refused beyond the limit.
-    pub(super) fn depth_below(&self, parent_inode: u64, path: &[u8]) -> Result<u32, TreeError> {
-        let depth = self
-            .directories
-            .get(&parent_inode)
-            .map_or(0, |directory| directory.depth)
-            + 1;
+    /// Makes an empty directory, in place of what has the name in `parent`.
+    pub(super) fn make_directory(
+        &mut self,
+        parent: NodeId,
+        name: &[u8],
+        path: &[u8],
+    ) -> Result<NodeId, TreeError> {
+        let depth = self.homes.get(&parent).map_or(0, |home| home.depth) + 1;
         if depth > self.limits.depth {
             return Err(TreeError::TooLarge(format!(
                 "`{}` is more than {} directories deep",
@@ -119,7 +76,42 @@ impl Tree {
                 self.limits.depth
             )));
         }
-        Ok(depth)
+        let made = self.add(parent, name, directory());
+        self.homes.insert(made, Home { parent, depth });
+        Ok(made)
+    }
+
+    /// Walks as the kernel would for a process whose root is the tree's.
+    fn resolve(&self, components: &[&[u8]]) -> Result<NodeId, Lost> {
+        let mut at = ROOT;
+        let mut left: Vec<&[u8]> = components.iter().rev().copied().collect();
+        let mut links = 0;
+        while let Some(name) = left.pop() {
+            match name {
+                b"" | b"." => continue,
+                b".." => {
+                    at = self.homes.get(&at).map_or(ROOT, |home| home.parent);
+                    continue;
+                }
+                _ => {}
+            }
+            let child = self.child(at, name).ok_or(Lost::Missing)?;
+            match self.content(child) {
+                Some(Content::Directory(_)) => at = child,
+                Some(Content::Symlink(target)) => {
+                    links += 1;
+                    if links > LINKS_MAX {
+                        return Err(Lost::Loop);
+                    }
+                    if target.starts_with(b"/") {
+                        at = ROOT;
+                    }
+                    left.extend(target.split(|byte| *byte == b'/').rev());
+                }
+                _ => return Err(Lost::Missing),
+            }
+        }
+        Ok(at)
     }
 }
 
@@ -138,13 +130,16 @@ pub(super) fn components(path: &[u8]) -> Result<Vec<&[u8]>, TreeError> {
     Ok(components)
 }
 
-/// A name as the kernel takes it.
-pub(super) fn c_name(name: &[u8], path: &[u8]) -> Result<CString, TreeError> {
+/// Refuses a name that no file can have.
+pub(super) fn check_name(name: &[u8], path: &[u8]) -> Result<(), TreeError> {
     if name.is_empty() || name == b"." || name == b".." || name.len() > NAME_MAX {
         return Err(TreeError::Refused(format!(
             "`{}` ends in a name no file can have",
             path.escape_ascii()
         )));
     }
-    CString::new(name).map_err(|_| TreeError::Refused("a name contains a NUL byte".to_string()))
+    if name.contains(&0) {
+        return Err(TreeError::Refused("a name contains a NUL byte".to_string()));
+    }
+    Ok(())
 }

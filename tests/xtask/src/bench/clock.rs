@@ -41,7 +41,6 @@ const POD_FILES: &[&str] = &[
     "/usr/bin/containerd",
     "/usr/bin/containerd-shim-runc-v2",
     "/usr/bin/docker-registry",
-    "/usr/bin/mkfs.erofs",
     "/usr/bin/mount",
     "/usr/bin/umount",
     "/usr/lib/cni/bridge",
