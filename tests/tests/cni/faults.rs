@@ -85,6 +85,9 @@ pub fn addresses_are_given_back_after_the_server_was_killed(node: &Node) -> Resu
 pub fn server_killed_while_a_plugin_ran_leaves_nothing(node: &Node) -> Result<()> {
     let name = "halfway";
     let begun = home(node, name).join("begun");
+    if begun.exists() {
+        std::fs::remove_file(&begun)?;
+    }
     let text = format!(
         "[ \"$CNI_COMMAND\" = ADD ] || exit 0\ntouch {}\nexec sleep 31",
         begun.display()
@@ -108,9 +111,17 @@ pub fn server_killed_while_a_plugin_ran_leaves_nothing(node: &Node) -> Result<()
     })?;
     first.kill()?;
     let second = server(node, name, plugins)?;
-    ensure!(leases(node, name).is_empty(), "{:?}", leases(node, name));
-    let pods = second.cri.pod_ids(PodSandboxFilter::default())?;
+    // What is half made is undone while the server answers already.
+    let mut pods = second.cri.pod_ids(PodSandboxFilter::default())?;
+    for _ in 0..500 {
+        if pods.is_empty() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        pods = second.cri.pod_ids(PodSandboxFilter::default())?;
+    }
     ensure!(pods.is_empty(), "{pods:?}");
+    ensure!(leases(node, name).is_empty(), "{:?}", leases(node, name));
     let plugins = run("pgrep -f '[s]leep 31' || true")?;
     ensure!(plugins.is_empty(), "the first server's plugin goes on");
     end(second)

@@ -12,11 +12,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("bulkhead-vmm-api", &[]),
     ("bulkhead-agent-api", &[]),
     ("bulkhead-cri-api", &[]),
+    ("bulkhead-erofs", &[]),
     ("bulkhead-vmm", &["bulkhead-vmm-api"]),
     ("bulkhead-agent", &["bulkhead-agent-api"]),
     (
         "bulkhead",
-        &["bulkhead-vmm-api", "bulkhead-agent-api", "bulkhead-cri-api"],
+        &[
+            "bulkhead-vmm-api",
+            "bulkhead-agent-api",
+            "bulkhead-cri-api",
+            "bulkhead-erofs",
+        ],
     ),
     (
         "bulkhead-tests",
