@@ -20,6 +20,7 @@ mod xattr;
 pub use layout::Layout;
 pub use node::{Content, Device, Node, NodeId, Tree};
 pub use write::Image;
+pub use xattr::check as check_xattrs;
 
 /// Bytes of a block.
 pub const BLOCK: usize = 4096;

@@ -8,6 +8,10 @@ use crate::LayoutError;
 const HEADER: usize = 12;
 /// The header of an attribute: length of its name, prefix, length of its value.
 const ENTRY: usize = 4;
+/// The longest name in Linux, with its prefix.
+const NAME_MAX: usize = 255;
+/// How much of a name an error shows, in bytes.
+const SHOWN: usize = 64;
 /// The most bytes that an inode's count can tell: each unit is four.
 const MOST: usize = HEADER + 4 * (u16::MAX as usize - 1);
 
@@ -20,6 +24,14 @@ const PREFIXES: [(&[u8], u8); 5] = [
     (b"security.", 6),
 ];
 
+/// Refuses attributes that an inode cannot have, alone or together.
+///
+/// # Errors
+/// The first of them, by its name.
+pub fn check(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), LayoutError> {
+    encoded(xattrs).map(drop)
+}
+
 /// The bytes behind the inode; none without attributes, since a header alone is refused.
 pub fn encoded(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<Vec<u8>, LayoutError> {
     if xattrs.is_empty() {
@@ -27,7 +39,11 @@ pub fn encoded(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<Vec<u8>, LayoutErr
     }
     let mut body = vec![0; HEADER];
     for (name, value) in xattrs {
-        let refused = || LayoutError::Xattr(name.escape_ascii().to_string());
+        let shown = name.get(..SHOWN).unwrap_or(name);
+        let refused = || LayoutError::Xattr(shown.escape_ascii().to_string());
+        if name.len() > NAME_MAX || name.contains(&0) {
+            return Err(refused());
+        }
         let (rest, prefix) = PREFIXES
             .iter()
             .find_map(|(prefix, number)| Some((name.strip_prefix(*prefix)?, *number)))
@@ -76,7 +92,9 @@ mod tests {
         assert!(one(b"btrfs.compression", b"zstd").is_err());
         assert!(one(b"user.", b"").is_err());
         assert!(one(b"system.posix_acl_accessible", b"").is_err());
-        assert!(one(&[b"user.".as_slice(), &[b'a'; 256]].concat(), b"").is_err());
+        assert!(one(&[b"user.".as_slice(), &[b'a'; 251]].concat(), b"").is_err());
+        assert!(one(&[b"user.".as_slice(), &[b'a'; 250]].concat(), b"").is_ok());
+        assert!(one(b"user.a\0trusted.b", b"").is_err());
         assert!(one(b"user.a", &vec![0; 1 << 16]).is_err());
         assert!(one(b"user.a", &vec![0; (1 << 16) - 1]).is_ok());
     }

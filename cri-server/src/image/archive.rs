@@ -7,7 +7,8 @@
 use std::io::{self, Read};
 
 const BLOCK: usize = 512;
-/// The most bytes of one extended header. Linux allows 64 KiB for one attribute's value.
+/// The most bytes of a member's extended headers together. Linux allows 64 KiB for one attribute's
+/// value.
 const EXTENDED_MAX: u64 = 1 << 20;
 /// The longest path, as Linux has it.
 const PATH_MAX: usize = 4096;
@@ -54,8 +55,8 @@ pub(super) struct Member {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    /// Seconds since the epoch.
-    pub mtime: i64,
+    /// Seconds since the epoch, and nanoseconds beyond.
+    pub mtime: (i64, u32),
     /// Bytes of contents.
     pub size: u64,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
@@ -83,6 +84,7 @@ impl<R: Read> Archive<R> {
     /// skipped.
     pub fn next_member(&mut self) -> Result<Option<Member>, ArchiveError> {
         let mut extended = Extended::default();
+        let mut room = EXTENDED_MAX;
         loop {
             self.skip_rest()?;
             let Some(header) = self.header()? else {
@@ -94,15 +96,15 @@ impl<R: Read> Archive<R> {
             };
             let size = header.number(124, 12)?;
             match header.kind() {
-                b'L' => extended.path = Some(until_nul(self.extended(size)?)),
-                b'K' => extended.link = Some(until_nul(self.extended(size)?)),
+                b'L' => extended.path = Some(until_nul(self.extended(size, &mut room)?)),
+                b'K' => extended.link = Some(until_nul(self.extended(size, &mut room)?)),
                 b'x' => {
-                    let records = self.extended(size)?;
+                    let records = self.extended(size, &mut room)?;
                     extended.read_pax(&records)?;
                 }
                 // Global headers carry comments (a git commit) in what tools write today.
                 b'g' => {
-                    self.extended(size)?;
+                    self.extended(size, &mut room)?;
                 }
                 _ => return self.member(&header, extended, size).map(Some),
             }
@@ -184,7 +186,7 @@ impl<R: Read> Archive<R> {
             gid: extended.gid.map_or_else(|| header.number_u32(116, 8), Ok)?,
             mtime: match extended.mtime {
                 Some(mtime) => mtime,
-                None => header.signed(136, 12)?,
+                None => (header.signed(136, 12)?, 0),
             },
             size,
             xattrs: extended.xattrs,
@@ -225,12 +227,13 @@ impl<R: Read> Archive<R> {
         Ok(Some(header))
     }
 
-    fn extended(&mut self, size: u64) -> Result<Vec<u8>, ArchiveError> {
-        if size > EXTENDED_MAX {
-            return Err(malformed(format!(
-                "an extended header of {size} bytes is larger than the limit of {EXTENDED_MAX}"
-            )));
-        }
+    /// Reads an extended header. Each takes a block at least from what there is room for.
+    fn extended(&mut self, size: u64, room: &mut u64) -> Result<Vec<u8>, ArchiveError> {
+        *room = room.checked_sub(size.max(BLOCK as u64)).ok_or_else(|| {
+            malformed(format!(
+                "a member's extended headers are larger than the limit of {EXTENDED_MAX} bytes"
+            ))
+        })?;
         self.expect(size)?;
         let mut bytes = Vec::new();
         let read = (&mut self.reader).take(size).read_to_end(&mut bytes)?;
@@ -335,7 +338,7 @@ struct Extended {
     size: Option<u64>,
     uid: Option<u32>,
     gid: Option<u32>,
-    mtime: Option<i64>,
+    mtime: Option<(i64, u32)>,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -369,15 +372,13 @@ impl Extended {
 
     fn set(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         match key {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
-            b"size" => self.size = Some(text_number(Some(value))?),
-            b"uid" => self.uid = Some(text_number(Some(value))?),
-            b"gid" => self.gid = Some(text_number(Some(value))?),
-            b"mtime" => {
-                let seconds = value.split(|byte| *byte == b'.').next();
-                self.mtime = Some(text_number(seconds)?);
-            }
+            b"path" if !value.is_empty() => self.path = Some(value.to_vec()),
+            b"linkpath" if !value.is_empty() => self.link = Some(value.to_vec()),
+            b"size" if !value.is_empty() => self.size = Some(text_number(Some(value))?),
+            b"uid" if !value.is_empty() => self.uid = Some(text_number(Some(value))?),
+            b"gid" if !value.is_empty() => self.gid = Some(text_number(Some(value))?),
+            // "If <value> is zero-length, the keyword shall be ignored" in favour of the header's.
+            b"mtime" if !value.is_empty() => self.mtime = Some(time(value)?),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.push((name.to_vec(), value.to_vec()));
@@ -390,6 +391,24 @@ impl Extended {
             .all(|path| !path.as_ref().is_some_and(|p| p.contains(&0)))
             .then_some(())
     }
+}
+
+/// Seconds since the epoch and nanoseconds beyond, of decimal text.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let mut parts = text.splitn(2, |byte| *byte == b'.');
+    let whole = parts.next()?;
+    let mut seconds: i64 = text_number(Some(whole))?;
+    let mut nanoseconds = 0;
+    let fraction = parts.next().unwrap_or_default();
+    for place in 0..9 {
+        let digit = fraction.get(place).copied().unwrap_or(b'0');
+        nanoseconds = nanoseconds * 10 + u32::from(digit.checked_sub(b'0').filter(|d| *d < 10)?);
+    }
+    if whole.starts_with(b"-") && nanoseconds > 0 {
+        seconds = seconds.checked_sub(1)?;
+        nanoseconds = 1_000_000_000 - nanoseconds;
+    }
+    Some((seconds, nanoseconds))
 }
 
 fn text_number<N: std::str::FromStr>(text: Option<&[u8]>) -> Option<N> {
@@ -437,7 +456,7 @@ mod tests {
         let mut archive = Archive::new(bytes.as_slice());
         let first = archive.next_member().unwrap().unwrap();
         assert_eq!(
-            (first.path, first.size, first.mtime),
+            (first.path, first.size, first.mtime.0),
             (long.into_bytes(), 3, 7)
         );
         let mut body = [0; 8];
@@ -466,6 +485,20 @@ mod tests {
                 .to_string()
                 .contains("larger than the limit")
         );
+    }
+
+    #[test]
+    fn extended_headers_of_one_member_are_bounded_together() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let value = vec![0; 400 << 10];
+        for _ in 0..3 {
+            builder
+                .append_pax_extensions([("SCHILY.xattr.user.x", &value[..])])
+                .unwrap();
+        }
+        let bytes = builder.into_inner().unwrap();
+        let error = Archive::new(bytes.as_slice()).next_member().unwrap_err();
+        assert!(error.to_string().contains("larger than the limit"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The disk of an image: one EROFS file system made of its layers.
 
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -80,9 +81,9 @@ fn write(
         let stream = Unpacked::open(&layer.path, layer.packing, recipe.stream_limit)
             .map_err(|error| ImageError::io("read", &layer.path, error))?;
         let stream = tree
-            .apply(stream, &mut bodies, stop)
+            .apply(Watched { stream, stop }, &mut bodies)
             .map_err(|error| tree_error(recipe, &layer.digest, error))?;
-        let found = stream.digest();
+        let found = stream.stream.digest();
         if found != layer.diff_id {
             // What is kept may have rotted since it was verified: fetch it anew next time.
             std::fs::remove_file(&layer.path).ok();
@@ -101,6 +102,21 @@ fn write(
         .finish(&tree.finish(), uuid(&recipe.id))
         .map_err(|error| disk_error(recipe, &path, error))?;
     Ok(NewDisk { file, length })
+}
+
+/// A stream that ends with an error when its reader is to stop.
+struct Watched<'a, R> {
+    stream: R,
+    stop: &'a dyn Fn() -> bool,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if (self.stop)() {
+            return Err(io::Error::other("the pull was given up"));
+        }
+        self.stream.read(buffer)
+    }
 }
 
 fn disk_error(recipe: &Recipe, path: &Path, error: DiskError) -> ImageError {

@@ -269,6 +269,12 @@ impl Pull {
             limits: limits.tree(),
             stream_limit: limits.unpacked,
         };
+        let _place = self
+            .store
+            .disks
+            .acquire()
+            .await
+            .map_err(|_| ImageError::Stopped)?;
         disk::make(recipe, self.progress.as_ref()).await
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::auth::Credentials;
 use super::catalogue::Catalogue;
@@ -199,12 +199,18 @@ impl Default for Limits {
     }
 }
 
+/// Bytes that the tree of one image may take in memory: a million files or so.
+const TREE_MEMORY: usize = 512 << 20;
+/// Disks that are made at a time, each with its tree.
+const DISKS_AT_A_TIME: usize = 2;
+
 impl Limits {
     pub(super) fn tree(&self) -> TreeLimits {
         TreeLimits {
             bytes: self.unpacked,
             members: self.files,
             depth: self.depth,
+            memory: TREE_MEMORY,
         }
     }
 }
@@ -221,6 +227,8 @@ pub(super) struct Shared {
     pub layout: Layout,
     pub network: Network,
     pub turns: Turns,
+    /// A place for each disk that is made.
+    pub disks: Semaphore,
     pub limits: Limits,
 }
 
@@ -255,6 +263,7 @@ impl ImageStore {
             layout,
             network,
             turns: Turns::default(),
+            disks: Semaphore::new(DISKS_AT_A_TIME),
             limits,
         });
         Ok(ImageStore { librarian, shared })

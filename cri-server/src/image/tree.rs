@@ -5,6 +5,7 @@
 //! last component of a path is never followed. Sizes, counts and depths are bounded by
 //! [`TreeLimits`].
 
+mod acl;
 mod member;
 mod path;
 
@@ -34,7 +35,15 @@ pub(super) struct TreeLimits {
     pub members: u64,
     /// Directories below each other.
     pub depth: u32,
+    /// Bytes of memory that its names, links and attributes may take.
+    pub memory: usize,
 }
+
+/// Bytes that a file takes in memory beside its names and attributes, all tables of the tree and of
+/// the writer together.
+const FILE_BYTES: usize = 400;
+/// The same for each name and attribute.
+const NAME_BYTES: usize = 64;
 
 /// Why a layer was not applied.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +73,12 @@ pub(super) struct Tree {
     limits: TreeLimits,
     bytes: u64,
     members: u64,
+    memory: usize,
     /// What the layer being applied has put into place, by directory and name: whiteouts are
     /// about lower layers only, wherever in the archive they stand.
     fresh: HashSet<(NodeId, Vec<u8>)>,
+    /// Directories that have nothing of lower layers any more.
+    cleared: HashSet<NodeId>,
 }
 
 impl Tree {
@@ -84,34 +96,47 @@ impl Tree {
             limits,
             bytes: 0,
             members: 0,
+            memory: 0,
             fresh: HashSet::new(),
+            cleared: HashSet::new(),
         }
     }
 
     /// Applies one layer, given as a tar stream, and returns the reader at its end. What its files
-    /// contain goes to `bodies`. `stop` is asked before each member.
-    pub fn apply<R: Read>(
-        &mut self,
-        layer: R,
-        bodies: &mut Bodies,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<R, TreeError> {
+    /// contain goes to `bodies`.
+    pub fn apply<R: Read>(&mut self, layer: R, bodies: &mut Bodies) -> Result<R, TreeError> {
         self.fresh.clear();
+        self.cleared.clear();
         let mut archive = Archive::new(layer);
         while let Some(member) = archive.next_member()? {
-            if stop() {
-                return Err(TreeError::Refused("the pull was given up".to_string()));
-            }
-            self.members += 1;
-            if self.members > self.limits.members {
-                return Err(TreeError::TooLarge(format!(
-                    "it has more than {} files",
-                    self.limits.members
-                )));
-            }
+            self.count()?;
             self.place(&member, &mut archive, bodies)?;
         }
         Ok(archive.finish()?)
+    }
+
+    /// Counts a file.
+    fn count(&mut self) -> Result<(), TreeError> {
+        self.members += 1;
+        if self.members > self.limits.members {
+            return Err(TreeError::TooLarge(format!(
+                "it has more than {} files",
+                self.limits.members
+            )));
+        }
+        Ok(())
+    }
+
+    /// Counts what is kept in memory until the tree is finished.
+    fn charge(&mut self, bytes: usize) -> Result<(), TreeError> {
+        self.memory = self.memory.saturating_add(bytes);
+        if self.memory > self.limits.memory {
+            return Err(TreeError::TooLarge(format!(
+                "its files, names and attributes take more than {} bytes",
+                self.limits.memory
+            )));
+        }
+        Ok(())
     }
 
     /// What all layers together are.
@@ -135,7 +160,7 @@ impl Tree {
             }
             return Ok(());
         }
-        if name.starts_with(AUFS) {
+        if components.iter().any(|name| name.starts_with(AUFS)) {
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
@@ -179,8 +204,12 @@ impl Tree {
         }
     }
 
-    /// No deeper than the tree, which is bounded.
+    /// No deeper than the tree, which is bounded. Nothing of lower layers comes back into a directory
+    /// that has been cleared of them.
     fn clear_lower(&mut self, directory: NodeId) {
+        if !self.cleared.insert(directory) {
+            return;
+        }
         let names: Vec<Vec<u8>> = self
             .entries(directory)
             .into_iter()
@@ -216,17 +245,25 @@ impl Tree {
     }
 
     /// Makes a node and puts it into a directory, in place of what has the name there.
-    fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> NodeId {
+    fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> Result<NodeId, TreeError> {
+        let more = match &node.content {
+            Content::Symlink(target) => target.len(),
+            _ => 0,
+        };
+        self.charge(FILE_BYTES + more)?;
         let id = self.files.nodes.len();
         self.files.nodes.push(node);
-        self.link(directory, name, id);
-        id
+        self.link(directory, name, id)?;
+        Ok(id)
     }
 
-    fn link(&mut self, directory: NodeId, name: &[u8], node: NodeId) {
+    fn link(&mut self, directory: NodeId, name: &[u8], node: NodeId) -> Result<(), TreeError> {
+        // Once in its directory and once among what is fresh.
+        self.charge(NAME_BYTES + 2 * name.len())?;
         if let Some(entries) = self.entries_mut(directory) {
             entries.insert(name.to_vec(), node);
         }
+        Ok(())
     }
 }
 

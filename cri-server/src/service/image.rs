@@ -8,6 +8,7 @@ use bulkhead_cri_api::v1::image_service_server::ImageService;
 use tonic::{Code, Request, Response, Status};
 
 use super::list::{Parts, in_parts};
+use super::status::shortened;
 use crate::image::{Credentials, Image, ImageError, ImageStore, ImageUser};
 use crate::pulls::Pulls;
 
@@ -145,7 +146,7 @@ pub fn status(error: &ImageError) -> Status {
         ImageError::TooLarge { .. } | ImageError::DiskFull { .. } => Code::ResourceExhausted,
         ImageError::Io { .. } => Code::Internal,
     };
-    Status::new(code, error.to_string())
+    Status::new(code, shortened(error.to_string()))
 }
 
 fn describe(image: &Image, spec: Option<v1::ImageSpec>) -> v1::Image {

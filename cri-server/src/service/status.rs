@@ -16,14 +16,18 @@ const LONGEST: usize = 4096;
 
 /// A pod's or container's error as a client sees it.
 pub fn of_sandbox(error: &SandboxError) -> Status {
-    let mut message = error.to_string();
+    Status::new(code(error), shortened(error.to_string()))
+}
+
+/// A message that is no longer than a header may be.
+pub fn shortened(mut message: String) -> String {
     if message.len() > LONGEST {
         let end = (0..=LONGEST)
             .rev()
             .find(|&end| message.is_char_boundary(end));
         message.truncate(end.unwrap_or(0));
     }
-    Status::new(code(error), message)
+    message
 }
 
 /// Whether a full disk of the host is behind it.

@@ -3,21 +3,18 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 
-use bulkhead_erofs::{Content, Device, Node, NodeId};
+use bulkhead_erofs::{Content, Device, Node, NodeId, check_xattrs};
 
 use super::path::{check_name, components};
-use super::{Tree, TreeError};
+use super::{NAME_BYTES, Tree, TreeError, acl};
 use crate::image::archive::{Archive, Kind, Member};
 use crate::image::bodies::Bodies;
 
+const CAPABILITY: &[u8] = b"security.capability";
 const ACCESS: &[u8] = b"system.posix_acl_access";
 const DEFAULT: &[u8] = b"system.posix_acl_default";
 /// The longest target of a symbolic link in Linux, in bytes.
 const TARGET_MAX: usize = 4095;
-/// The version of ACLs, which stands in front of entries of 8 bytes (kernel:
-/// include/uapi/linux/posix_acl_xattr.h).
-const ACL_VERSION: [u8; 4] = 2_u32.to_le_bytes();
-
 impl Tree {
     /// Puts a member into its directory, in place of what is there.
     pub(super) fn create<R: Read>(
@@ -48,8 +45,7 @@ impl Tree {
             }
             Kind::HardLink(target) => {
                 let target = self.link_target(target, path)?;
-                self.link(parent, name, target);
-                return Ok(());
+                return self.link(parent, name, target);
             }
             Kind::File => self.body(member, archive, bodies)?,
             Kind::Symlink(target) if target.is_empty() || target.len() > TARGET_MAX => {
@@ -64,19 +60,16 @@ impl Tree {
             Kind::BlockDevice { major, minor } => Content::BlockDevice(device(*major, *minor)?),
             Kind::Fifo => Content::Fifo,
         };
-        let node = self.add(
-            parent,
-            name,
-            Node {
-                content,
-                ..super::directory()
-            },
-        );
+        let node = Node {
+            content,
+            ..super::directory()
+        };
+        let node = self.add(parent, name, node)?;
         self.adorn(node, member)
     }
 
     /// What a hard link leads to.
-    fn link_target(&self, target: &[u8], path: &[u8]) -> Result<NodeId, TreeError> {
+    fn link_target(&mut self, target: &[u8], path: &[u8]) -> Result<NodeId, TreeError> {
         let nowhere = || {
             TreeError::Refused(format!(
                 "the hard link `{}` does not lead to a file of the image",
@@ -109,44 +102,72 @@ impl Tree {
     }
 
     /// Gives a node what its member says of it.
-    pub(super) fn adorn(&mut self, node: NodeId, member: &Member) -> Result<(), TreeError> {
-        let Some(node) = self.files.nodes.get_mut(node) else {
+    pub(super) fn adorn(&mut self, id: NodeId, member: &Member) -> Result<(), TreeError> {
+        let refused =
+            |why: String| TreeError::Refused(format!("`{}` {why}", member.path.escape_ascii()));
+        let Some(content) = self.content(id) else {
             return Ok(());
         };
-        let is_directory = matches!(node.content, Content::Directory(_));
-        let has_xattrs =
-            is_directory || matches!(node.content, Content::Small { .. } | Content::Large { .. });
-        node.xattrs = BTreeMap::new();
-        for (name, value) in member.xattrs.iter().filter(|_| has_xattrs) {
-            if !keeps_xattr(name) {
+        let is_directory = matches!(content, Content::Directory(_));
+        let is_link = matches!(content, Content::Symlink(_));
+        let is_file = matches!(content, Content::Small { .. } | Content::Large { .. });
+        // Links have no mode of their own.
+        let mut mode = if is_link {
+            0o777
+        } else {
+            (member.mode & 0o7777) as u16
+        };
+        let mut xattrs = BTreeMap::new();
+        for (name, value) in &member.xattrs {
+            if !(is_directory || is_file) || !keeps_xattr(name) {
                 continue;
             }
-            let is_acl = name == ACCESS || name == DEFAULT;
-            let entries = value.strip_prefix(&ACL_VERSION);
-            let whole = entries.is_some_and(|entries| entries.len() % 8 == 0);
-            if is_acl && !whole || name == DEFAULT && !is_directory {
-                return Err(TreeError::Refused(format!(
-                    "`{}` has an ACL that is none",
-                    member.path.escape_ascii()
-                )));
+            if name == CAPABILITY && !is_capability(value) {
+                return Err(refused("has file capabilities that are none".to_string()));
             }
-            node.xattrs.insert(name.clone(), value.clone());
+            if name == ACCESS || name == DEFAULT {
+                let acl = acl::read(value)
+                    .filter(|_| name == ACCESS || is_directory)
+                    .ok_or_else(|| refused("has an ACL that is none".to_string()))?;
+                let Some(acl) = acl else { continue };
+                // As setting it on a file system would.
+                if name == ACCESS {
+                    mode = mode & !0o777 | acl.mode;
+                    if acl.is_mode {
+                        continue;
+                    }
+                }
+            }
+            xattrs.insert(name.clone(), value.clone());
         }
-        // Links have no mode of their own.
-        node.mode = match node.content {
-            Content::Symlink(_) => 0o777,
-            _ => (member.mode & 0o7777) as u16,
-        };
-        (node.uid, node.gid) = (member.uid, member.gid);
-        node.mtime = member.mtime;
+        check_xattrs(&xattrs).map_err(|error| refused(format!("cannot be stored: {error}")))?;
+        // Once here, and once in the writer's tables.
+        let bytes =
+            |(name, value): (&Vec<u8>, &Vec<u8>)| 2 * (name.len() + value.len() + NAME_BYTES);
+        self.charge(xattrs.iter().map(bytes).sum())?;
+        if let Some(node) = self.files.nodes.get_mut(id) {
+            (node.mode, node.xattrs) = (mode, xattrs);
+            (node.uid, node.gid) = (member.uid, member.gid);
+            (node.mtime, node.mtime_nanoseconds) = member.mtime;
+        }
         Ok(())
     }
+}
+
+/// Whether these are capabilities of a file (kernel: include/uapi/linux/capability.h,
+/// `vfs_cap_data`): the revision, which has its length.
+fn is_capability(value: &[u8]) -> bool {
+    let revision = value.get(3).copied();
+    matches!(
+        (revision, value.len()),
+        (Some(1), 12) | (Some(2), 20) | (Some(3), 24)
+    )
 }
 
 /// File capabilities, ACLs and users' own attributes are part of an image. Labels are the
 /// host's, and overlay's attributes would steer the overlay the image is put under.
 fn keeps_xattr(name: &[u8]) -> bool {
-    name == b"security.capability"
+    name == CAPABILITY
         || name == ACCESS
         || name == DEFAULT
         || (name.starts_with(b"user.") && !name.starts_with(b"user.overlay."))

@@ -9,56 +9,84 @@ const NAME_MAX: usize = 255;
 /// How many links Linux follows in one path (kernel: include/linux/namei.h, `MAXSYMLINKS`).
 const LINKS_MAX: u32 = 40;
 
-/// Why a path leads nowhere.
-enum Lost {
-    Missing,
-    Loop,
-}
+/// The most steps of one path, with those of the links in it.
+const STEPS_MAX: u32 = 8192;
 
 impl Tree {
     /// The directory at `components`, or `None` if there is none.
     pub(super) fn find(
-        &self,
+        &mut self,
         components: &[&[u8]],
         path: &[u8],
     ) -> Result<Option<NodeId>, TreeError> {
-        match self.resolve(components) {
-            Ok(directory) => Ok(Some(directory)),
-            Err(Lost::Missing) => Ok(None),
-            Err(Lost::Loop) => Err(TreeError::Refused(format!(
-                "the path `{}` leads through a loop of symbolic links",
-                path.escape_ascii()
-            ))),
-        }
+        self.walk(components, path, false)
     }
 
-    /// The directory at `components`; missing ones are made, as archives may leave them away.
+    /// The directory at `components`; missing ones are made, as archives may leave them away, also
+    /// where a link leads to.
     pub(super) fn parent(
         &mut self,
         components: &[&[u8]],
         path: &[u8],
     ) -> Result<NodeId, TreeError> {
-        let mut parent = ROOT;
-        if let Some(directory) = self.find(components, path)? {
-            return Ok(directory);
-        }
-        for length in 1..=components.len() {
-            let prefix = components.get(..length).unwrap_or_default();
-            let Some(name) = prefix.last() else { break };
-            if let Some(directory) = self.find(prefix, path)? {
-                parent = directory;
+        self.walk(components, path, true)?.ok_or_else(|| {
+            TreeError::Refused(format!(
+                "the path `{}` leads through something that is not a directory",
+                path.escape_ascii()
+            ))
+        })
+    }
+
+    /// Walks as the kernel would for a process whose root is the tree's. `None` where there is no
+    /// directory, or with `make` something else.
+    fn walk(
+        &mut self,
+        components: &[&[u8]],
+        path: &[u8],
+        make: bool,
+    ) -> Result<Option<NodeId>, TreeError> {
+        let mut at = ROOT;
+        let mut left: Vec<Vec<u8>> = components.iter().rev().map(|name| name.to_vec()).collect();
+        let (mut links, mut steps) = (0, 0);
+        while let Some(name) = left.pop() {
+            steps += 1;
+            match name.as_slice() {
+                b"" | b"." => continue,
+                b".." => {
+                    at = self.homes.get(&at).map_or(ROOT, |home| home.parent);
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(child) = self.child(at, &name) else {
+                if !make {
+                    return Ok(None);
+                }
+                check_name(&name, path)?;
+                self.count()?;
+                at = self.make_directory(at, &name, path)?;
                 continue;
+            };
+            match self.content(child) {
+                Some(Content::Directory(_)) => at = child,
+                Some(Content::Symlink(target)) => {
+                    links += 1;
+                    if links > LINKS_MAX || steps > STEPS_MAX {
+                        return Err(TreeError::Refused(format!(
+                            "the path `{}` leads through a loop of symbolic links",
+                            path.escape_ascii()
+                        )));
+                    }
+                    if target.starts_with(b"/") {
+                        at = ROOT;
+                    }
+                    let parts = target.split(|byte| *byte == b'/').rev();
+                    left.extend(parts.map(<[u8]>::to_vec));
+                }
+                _ => return Ok(None),
             }
-            check_name(name, path)?;
-            if self.child(parent, name).is_some() {
-                return Err(TreeError::Refused(format!(
-                    "the path `{}` leads through something that is not a directory",
-                    path.escape_ascii()
-                )));
-            }
-            parent = self.make_directory(parent, name, path)?;
         }
-        Ok(parent)
+        Ok(Some(at))
     }
 
     /// Makes an empty directory, in place of what has the name in `parent`.
@@ -76,42 +104,9 @@ impl Tree {
                 self.limits.depth
             )));
         }
-        let made = self.add(parent, name, directory());
+        let made = self.add(parent, name, directory())?;
         self.homes.insert(made, Home { parent, depth });
         Ok(made)
-    }
-
-    /// Walks as the kernel would for a process whose root is the tree's.
-    fn resolve(&self, components: &[&[u8]]) -> Result<NodeId, Lost> {
-        let mut at = ROOT;
-        let mut left: Vec<&[u8]> = components.iter().rev().copied().collect();
-        let mut links = 0;
-        while let Some(name) = left.pop() {
-            match name {
-                b"" | b"." => continue,
-                b".." => {
-                    at = self.homes.get(&at).map_or(ROOT, |home| home.parent);
-                    continue;
-                }
-                _ => {}
-            }
-            let child = self.child(at, name).ok_or(Lost::Missing)?;
-            match self.content(child) {
-                Some(Content::Directory(_)) => at = child,
-                Some(Content::Symlink(target)) => {
-                    links += 1;
-                    if links > LINKS_MAX {
-                        return Err(Lost::Loop);
-                    }
-                    if target.starts_with(b"/") {
-                        at = ROOT;
-                    }
-                    left.extend(target.split(|byte| *byte == b'/').rev());
-                }
-                _ => return Err(Lost::Missing),
-            }
-        }
-        Ok(at)
     }
 }
 
