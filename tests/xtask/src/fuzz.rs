@@ -10,7 +10,7 @@ use crate::artefacts::cargo;
 use crate::{packages, place, process};
 
 /// What is fuzzed: programs of `cri-server/fuzz`.
-const TARGETS: [&str; 3] = ["header", "spdy", "websocket"];
+const TARGETS: [&str; 4] = ["header", "layers", "spdy", "websocket"];
 /// The only platform. Naming it keeps the flags from build scripts.
 const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 /// What lets libFuzzer see which way the program goes. The code has no `unsafe`, so there is
