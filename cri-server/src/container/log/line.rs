@@ -45,6 +45,7 @@ impl Splitter {
 
     /// Takes bytes that came at `time` and appends the lines they complete to `lines`.
     pub fn push(&mut self, mut bytes: &[u8], time: SystemTime, lines: &mut Vec<u8>) {
+        let head = self.head(time);
         while !bytes.is_empty() {
             let room = LINE_BYTES - self.partial.len();
             let within = bytes.get(..room.min(bytes.len())).unwrap_or(bytes);
@@ -53,7 +54,7 @@ impl Splitter {
             if let Some(end) = seen.iter().position(|&byte| byte == b'\n') {
                 let (text, rest) = bytes.split_at(end);
                 self.partial.extend_from_slice(text);
-                self.emit('F', time, lines);
+                self.emit(&head, b'F', lines);
                 self.emitted += 1;
                 bytes = rest.get(1..).unwrap_or_default();
             } else {
@@ -61,7 +62,7 @@ impl Splitter {
                 bytes = bytes.get(within.len()..).unwrap_or_default();
                 // A text that is exactly full may still be followed by its newline.
                 if !bytes.is_empty() {
-                    self.emit('P', time, lines);
+                    self.emit(&head, b'P', lines);
                 }
             }
         }
@@ -70,7 +71,7 @@ impl Splitter {
     /// The stream has ended: a text without newline is given out as it is.
     pub fn end(&mut self, time: SystemTime, lines: &mut Vec<u8>) {
         if !self.partial.is_empty() {
-            self.emit('P', time, lines);
+            self.emit(&self.head(time), b'P', lines);
         }
     }
 
@@ -79,9 +80,14 @@ impl Splitter {
         self.emitted
     }
 
-    fn emit(&mut self, tag: char, time: SystemTime, lines: &mut Vec<u8>) {
-        let head = format!("{} {} {tag} ", rfc3339(time), self.stream.name());
+    /// What all lines of one moment begin with.
+    fn head(&self, time: SystemTime) -> String {
+        format!("{} {} ", rfc3339(time), self.stream.name())
+    }
+
+    fn emit(&mut self, head: &str, tag: u8, lines: &mut Vec<u8>) {
         lines.extend_from_slice(head.as_bytes());
+        lines.extend_from_slice(&[tag, b' ']);
         lines.extend_from_slice(&self.partial);
         lines.push(b'\n');
         self.emitted += self.partial.len() as u64;
