@@ -3,7 +3,9 @@
 use anyhow::{Result, ensure};
 use bulkhead_cri_api::v1::*;
 use bulkhead_tests::cri::refused;
-use bulkhead_tests::request::{Pod, number, pod_security, resources, security, shell, sleeper};
+use bulkhead_tests::request::{
+    Pod, container, number, pod_security, resources, security, shell, sleeper,
+};
 use bulkhead_tests::{Node, suite};
 use tonic::Code;
 
@@ -126,13 +128,13 @@ fn full_cgroup_is_named(node: &Node) -> Result<()> {
     let pod = node.pod("full")?;
     let image = node.base()?;
     let few = |name: &str, most: &str| {
-        let mut config = sleeper(name, &image);
+        let mut config = container(name, &image, &["/bin/sleep", "1000000"]);
         let files = &mut resources(&mut config).unified;
         files.insert("pids.max".to_owned(), most.to_owned());
         config
     };
-    // Two are there, and the process that becomes the command comes in by two.
-    let id = pod.start(&few("few", "3"))?;
+    // One is there, and the process that becomes the command comes in by two.
+    let id = pod.start(&few("few", "2"))?;
     let answer = pod.cri.exec_for(&id, &["true"], 0);
     let message = refused(answer, &[Code::ResourceExhausted])?;
     ensure!(message.contains("pids.max"), "{message}");
