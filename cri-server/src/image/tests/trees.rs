@@ -56,7 +56,13 @@ fn unpack(path: &Path, layers: Vec<LayerBuilder>) -> Result<(), TreeError> {
 fn unpacked(layers: Vec<LayerBuilder>) -> (Mounted, Result<(), TreeError>) {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("root")).unwrap();
+    fs::create_dir(directory.path().join("outside")).unwrap();
+    let secret = directory.path().join("outside/secret");
+    fs::write(&secret, "host").unwrap();
     let result = unpack(directory.path(), layers);
+    assert_eq!(names(&directory.path().join("outside")), ["secret"]);
+    assert_eq!(fs::read_to_string(&secret).unwrap(), "host");
+    assert_eq!(fs::metadata(&secret).unwrap().nlink(), 1);
     (Mounted(directory), result)
 }
 
@@ -324,10 +330,13 @@ fn a_parent_that_a_link_leads_to_is_made_where_the_link_leads() {
             .symlink("var/run", "/run")
             .file("var/run/deeper/x", "x")
             .symlink("s", "../../outside")
-            .file("s/new", ""),
+            .file("s/new", "")
+            .symlink("long", &format!("{}tmp", "../".repeat(20)))
+            .file("long/new", ""),
     ]);
     result.unwrap();
     assert_eq!(names(&directory.path().join("root/outside")), ["new"]);
+    assert_eq!(names(&directory.path().join("root/tmp")), ["new"]);
     assert_eq!(names(&directory.path().join("root/run/deeper")), ["x"]);
     assert!(directory.path().join("root/var/run").is_symlink());
 }

@@ -239,11 +239,9 @@ fn qemu(job: &Job, parts: &Parts, desk: &Desk) -> Command {
             command
                 .args(["-accel", "tcg,thread=multi,tb-size=512"])
                 .args(["-smp", &job.cpus.to_string()]);
-            // QEMU 10.0 enters and leaves a nested guest by changing the CPU's set of pending
-            // interrupts without a lock, so that one which another thread adds at that moment
-            // may be lost. An idle CPU without a tick then sleeps on with a task in its queue,
-            // for minutes. A tick that the interrupt controller repeats by itself, rather than
-            // one that each tick asks for, finds what was lost within 4 ms.
+            // An interrupt that an emulator loses leaves an idle CPU without a tick asleep, with a
+            // task in its queue, for minutes. A tick that the interrupt controller repeats by
+            // itself, rather than one that each tick asks for, finds what was lost within 4 ms.
             kernel_line += " nohz=off highres=off";
         }
         Clock::Instructions => {
